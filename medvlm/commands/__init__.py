@@ -1,0 +1,1 @@
+"""One module a `medvlm` verb: options in, one library call, a readable answer out."""

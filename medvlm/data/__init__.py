@@ -1,0 +1,1 @@
+"""Figures, samples and benchmark items: from published files to Parquet shards."""

@@ -1,0 +1,1 @@
+"""Predictions, named score rules and the leaderboard."""

@@ -1,0 +1,1 @@
+"""Vision tower, projector and language model, composed on `transformers` classes."""

@@ -1,0 +1,409 @@
+"""Where everything lies: the workspace's paths, atomic writes, Parquet shards and step reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medvlm.errors import InputError, WorkspaceError
+from medvlm.records import from_row, schema_of, to_row
+
+__all__ = [
+    "Report",
+    "Workspace",
+    "atomic_folder",
+    "atomic_path",
+    "fingerprint",
+    "iterate_records",
+    "read_json",
+    "read_records",
+    "read_report",
+    "shard_paths",
+    "write_json",
+    "write_records",
+    "write_report",
+]
+
+T = TypeVar("T")
+
+ROW_GROUP_BYTES = 16 * 2**20
+"""Row groups of about 16 MB keep a look-up by id at milliseconds (measured, see benchmarks)."""
+SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One root from which every path comes. Nothing else joins paths to it.
+
+    Each step owns a folder: its data lies in a sub-folder of it, ``report.json`` beside that, so
+    that a report (which holds times) never makes the data look changed.
+    """
+
+    root: Path
+
+    @property
+    def corpus(self) -> Path:
+        """The synthetic sample corpus: bucket, URL list and official-format files."""
+        return self.root / "corpus"
+
+    @property
+    def figures(self) -> Path:
+        """Step folder of the fetch: ``shards/``, ``outcomes/``, ``report.json``."""
+        return self.root / "figures"
+
+    @property
+    def figure_shards(self) -> Path:
+        """Shards of ``Figure`` records."""
+        return self.figures / "shards"
+
+    @property
+    def fetch_outcomes(self) -> Path:
+        """Shards of ``FetchOutcome`` records, one for each input row."""
+        return self.figures / "outcomes"
+
+    def dataset(self, name: str) -> Path:
+        """Step folder of a training dataset (``alignment``, ``instruct``, ``preference``)."""
+        return self.root / "datasets" / name
+
+    def samples(self, name: str) -> Path:
+        """Shards of a dataset's ``Sample`` (or ``PreferencePair``) records."""
+        return self.dataset(name) / "samples"
+
+    def benchmark(self, name: str) -> Path:
+        """Step folder of a benchmark; its items of every split lie in ``items/``."""
+        return self.root / "benchmarks" / name
+
+    def items(self, name: str) -> Path:
+        """Shards of a benchmark's ``VQAItem`` records, every split."""
+        return self.benchmark(name) / "items"
+
+    def contract(self, name: str) -> Path:
+        """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``."""
+        return self.root / "contracts" / name
+
+    def checkpoint(self, recipe: str, stage: int, target: str = "all") -> Path:
+        """A finished checkpoint. ``target`` names the benchmark where a stage makes one for each."""
+        return self.stage(recipe, stage) / "checkpoint" / target
+
+    def stage(self, recipe: str, stage: int) -> Path:
+        """Step folder of one training stage (1, 2 or 3) of a recipe."""
+        return self.root / "checkpoints" / recipe / f"stage{stage}"
+
+    def scratch(self, *parts: str) -> Path:
+        """Folder for what a killed run resumes from. Not a result; safe to delete when nothing runs."""
+        return self.root.joinpath("scratch", *parts)
+
+    def predictions(self, recipe: str, benchmark: str) -> Path:
+        """Step folder: ``answers/`` (with and without the image) and ``report.json``."""
+        return self.root / "predictions" / recipe / benchmark
+
+    def scores(self, recipe: str, benchmark: str) -> Path:
+        """Step folder: ``scores/scores.parquet``, ``scores/wrong_answers.parquet``, ``report.json``."""
+        return self.root / "scores" / recipe / benchmark
+
+    @property
+    def leaderboard(self) -> Path:
+        """Step folder of the leaderboard: ``rows.json`` and ``report.json``."""
+        return self.root / "leaderboard"
+
+    @property
+    def review(self) -> Path:
+        """Folder of people's decisions, append-only."""
+        return self.root / "review"
+
+    def ensure(self) -> Workspace:
+        """Create the root if needed and make sure that it can be written.
+
+        Raises:
+            WorkspaceError: It cannot, with the reason of the operating system.
+        """
+        probe = self.root / f".probe-{uuid.uuid4().hex}"
+        with _workspace_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        return self
+
+
+@contextmanager
+def _workspace_errors(path: Path) -> Generator[None]:
+    """Turn the operating system's refusals into an error that names the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free_mb = shutil.disk_usage(_existing_parent(path)).free // 2**20
+            raise WorkspaceError(
+                f"the disk is full: {free_mb} MB are free",
+                where=str(path),
+                hint="free some space, or choose another disk with --workspace; then run the same command again",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise WorkspaceError(
+                f"the workspace cannot be written: {error.strerror}",
+                where=str(path),
+                hint="fix its permissions, or choose another folder with --workspace",
+            ) from error
+        raise
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(p for p in (path, *path.resolve().parents) if p.exists())
+
+
+@contextmanager
+def atomic_path(path: Path) -> Generator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well.
+
+    A killed process leaves at most a ``.tmp-`` file, which no reader looks at.
+
+    Raises:
+        WorkspaceError: The disk is full or read-only.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    with _workspace_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Generator[Path]:
+    """A temporary folder beside ``path`` that takes its place, whole, when the block ends well.
+
+    Raises:
+        WorkspaceError: The disk is full or read-only.
+    """
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    with _workspace_errors(path):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            old = path.with_name(f".old-{uuid.uuid4().hex}-{path.name}")
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, with sorted keys so that equal content has equal bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file, UTF-8 with or without a byte-order mark.
+
+    Raises:
+        InputError: It is missing, not UTF-8 or not JSON, with the line where it broke.
+    """
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError("the file does not exist", where=str(path), hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the file is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}",
+            where=str(path),
+            hint="convert it, for example with iconv -f latin1 -t utf-8",
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"the file is not JSON: {error.msg}",
+            where=f"{path}, line {error.lineno}, column {error.colno}",
+            hint="compare its size and SHA-256 with the published file; a truncated download ends like this",
+        ) from error
+
+
+def write_records(folder: Path, kind: type[T], records: Iterable[T], *, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write records as zstd Parquet shards ``part-00000.parquet``, … and replace ``folder`` whole.
+
+    Args:
+        folder: Takes its place only after the last record was written.
+        kind: The record type; its schema is used even when there are no records.
+        records: Consumed once, in order. Memory stays near one row group.
+        shard_bytes: A new shard begins after about this many bytes.
+
+    Returns:
+        The number of records written.
+
+    Raises:
+        WorkspaceError: The disk is full or read-only; the old content is then still in place.
+    """
+    schema = schema_of(kind)
+    count = 0
+    with atomic_folder(folder) as temporary, ExitStack() as open_shard:
+        shards, room = 0, 0
+        writer: pq.ParquetWriter | None = None
+        for rows in _row_groups(records):
+            if writer is None or room <= 0:
+                open_shard.close()
+                writer = open_shard.enter_context(_shard_writer(temporary, shards, schema))
+                shards, room = shards + 1, shard_bytes
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
+            room -= sum(_row_bytes(row) for row in rows)
+        if writer is None:
+            # No records is a result too: readers find an empty table with the right columns.
+            open_shard.enter_context(_shard_writer(temporary, 0, schema))
+    return count
+
+
+def _shard_writer(folder: Path, index: int, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(folder / f"part-{index:05d}.parquet", schema, compression="zstd")
+
+
+def _row_groups(records: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for record in records:
+        row = to_row(record)
+        group.append(row)
+        size += _row_bytes(row)
+        if size >= ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _row_bytes(row: dict[str, Any]) -> int:
+    image = row.get("image")
+    return 256 + (len(image["bytes"]) if image else 0)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The Parquet shards of a step, in order; half-written ones have other names.
+
+    Raises:
+        WorkspaceError: The step has not run yet.
+    """
+    if not folder.is_dir():
+        raise WorkspaceError(
+            "this step has no output yet",
+            where=str(folder),
+            hint="run the step that makes it first: 'dvc repro' runs all that is missing",
+        )
+    return sorted(folder.glob("*.parquet"))
+
+
+def iterate_records(folder: Path, kind: type[T]) -> Iterator[T]:
+    """Records of a step's shards, in order, with about one row group in memory.
+
+    Raises:
+        WorkspaceError: The step has not run yet, or a shard is damaged.
+    """
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for path in shard_paths(folder):
+        try:
+            with pq.ParquetFile(path) as shard:
+                for batch in shard.iter_batches(batch_size=512, columns=names):
+                    for row in batch.to_pylist():
+                        yield from_row(kind, row)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise WorkspaceError(
+                f"the shard cannot be read: {error}",
+                where=str(path),
+                hint="restore it with 'dvc checkout', or delete it and run its step again",
+            ) from error
+
+
+def read_records(folder: Path, kind: type[T]) -> list[T]:
+    """All records of a step's shards. For what fits in memory; else ``iterate_records``.
+
+    Raises:
+        WorkspaceError: The step has not run yet, or a shard is damaged.
+    """
+    return list(iterate_records(folder, kind))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step says about its run. Dagster metadata, DVC metrics and the dashboards read this."""
+
+    step: str
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Anything JSON: reasons for loss, curves, tables."""
+    duration_s: float = 0.0
+    seed: int | None = None
+    fingerprint: str = ""
+    """Changes when and only when the content of the step's output does."""
+    created_at: str = ""
+    """UTC, ISO 8601; set when written."""
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def write_report(folder: Path, report: Report, *, started: float, packages: Sequence[str] = ("pyarrow",)) -> Report:
+    """Write ``report.json`` beside a step's data.
+
+    Args:
+        folder: The step's folder.
+        report: Without duration, time and versions, which are filled in here.
+        started: ``time.monotonic()`` at the step's start.
+        packages: Whose versions the result depends on; medvlm's own is always there.
+
+    Returns:
+        The report as written.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("medvlm", *packages)}
+    full = dataclasses.replace(
+        report,
+        duration_s=round(time.monotonic() - started, 3),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+    )
+    write_json(folder / "report.json", dataclasses.asdict(full))
+    return full
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report of a step, or None if it has not run.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    values: dict[str, Any] = read_json(path)
+    known = {f.name for f in dataclasses.fields(Report)}
+    return Report(**{name: value for name, value in values.items() if name in known})
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of JSON-like values and of the content of files (given as ``Path``)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False, default=str).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]

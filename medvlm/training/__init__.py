@@ -1,0 +1,1 @@
+"""The training stages: batches, objectives and the DeepSpeed job."""
