@@ -1,0 +1,75 @@
+# The commands of README.md. `make` alone lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+RECIPE ?= tiny-llava-med
+export MEDVLM_WORKSPACE ?= workspace
+export DAGSTER_HOME := $(CURDIR)/.dagster
+export DVC_NO_ANALYTICS := 1
+# A stage of dvc.yaml calls `medvlm` and `python`: those of this environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install install-test demo test lint dev dash bench clean
+
+help:
+	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE): URLs to scored benchmarks"
+	@echo "             with URLS=… STORE=… your own figures, with VQA_RAD=… SLAKE=… PATHVQA=… real benchmarks"
+	@echo "make test    install what tests need and run them all"
+	@echo "make dev     the Dagster UI on http://127.0.0.1:3000"
+	@echo "make dash    the dashboard on http://127.0.0.1:8501"
+	@echo "make lint    formatting, types and the direction of imports"
+	@echo "make clean   remove the workspace and Dagster's history, keep the environment"
+
+install: .venv/.installed
+install-test: .venv/.installed-test
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11) and 'error: Python 3.11 is needed; set PYTHON=/path/to/python3.11')"
+	$(PYTHON) -m venv .venv
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt scripts/check_torch_wheel.py
+	$(BIN)/python scripts/check_torch_wheel.py $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@# Without bytecode each process would compile its libraries anew: 6 s a step.
+	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true
+	mkdir -p .dagster && cp orchestration/dagster.yaml .dagster/dagster.yaml
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true
+	@scripts/install_system_packages.sh chromium
+	touch $@
+
+demo: install
+	medvlm configure --sample --recipe "$(RECIPE)" \
+	  $(if $(URLS),--urls "$(URLS)") $(if $(STORE),--store "$(STORE)") \
+	  $(if $(VQA_RAD),--vqa-rad "$(VQA_RAD)") $(if $(SLAKE),--slake "$(SLAKE)") $(if $(PATHVQA),--pathvqa "$(PATHVQA)")
+	python -m orchestration.walk --recipe "$(RECIPE)"
+	medvlm leaderboard
+	@echo
+	@echo "Next:"
+	@echo "  make dev     the lineage, every run and its loss curve in the Dagster UI, http://127.0.0.1:3000"
+	@echo "  make dash    figures, contracts, scores and the worst answers, http://127.0.0.1:8501"
+
+lint: install-test
+	ruff format --check .
+	ruff check .
+	pyright
+	lint-imports
+	dg check defs
+
+test: lint
+	pytest
+
+dev: install
+	dagster dev -m orchestration.definitions -h 127.0.0.1 -p 3000
+
+dash: install
+	streamlit run dashboards/app.py --server.address 127.0.0.1 --server.port 8501
+
+clean:
+	rm -rf "$(MEDVLM_WORKSPACE)" .dagster dvc.lock .dvc/cache .dvc/tmp

@@ -1,0 +1,1 @@
+"""The lineage: ingest → datasets → training → benchmarks, one file a group."""

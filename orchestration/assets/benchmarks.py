@@ -1,0 +1,54 @@
+"""Group `benchmarks`: answers, scores under named rules, and the leaderboard."""
+
+import dagster as dg
+
+from orchestration.assets.datasets import benchmark_items
+from orchestration.assets.training import stage3_checkpoint
+from orchestration.metadata import markdown_table, materialized
+from orchestration.partitions import evaluations
+from orchestration.resources import DvcProject
+
+
+def _keys(context: dg.AssetExecutionContext) -> tuple[str, str]:
+    keys = context.partition_key.keys_by_dimension  # type: ignore[attr-defined]
+    return keys["recipe"], keys["benchmark"]
+
+
+@dg.asset(
+    group_name="benchmarks",
+    kinds={"pytorch", "parquet"},
+    owners=["team:evaluation"],
+    partitions_def=evaluations,
+    deps=[stage3_checkpoint, benchmark_items],
+    pool="gpu",
+)
+def benchmark_predictions(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Greedy answers to a benchmark's test split, with the image and blind (a mean image)."""
+    recipe, benchmark = _keys(context)
+    run = project.reproduce(context, f"predict@{recipe}-{benchmark}")
+    return materialized(run, project.workspace.predictions(recipe, benchmark))
+
+
+@dg.asset(
+    group_name="benchmarks",
+    kinds={"parquet", "duckdb"},
+    owners=["team:evaluation"],
+    partitions_def=evaluations,
+    deps=[benchmark_predictions, benchmark_items],
+)
+def benchmark_scores(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Every named rule on every slice, with its interval and the blind baseline."""
+    recipe, benchmark = _keys(context)
+    run = project.reproduce(context, f"score@{recipe}-{benchmark}")
+    return materialized(run, project.workspace.scores(recipe, benchmark))
+
+
+@dg.asset(group_name="benchmarks", kinds={"json"}, owners=["team:evaluation"], deps=[benchmark_scores])
+def leaderboard(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Our scores beside the published ones, each with its rule, split and source."""
+    from medvlm.results import our_leaderboard_rows
+
+    run = project.reproduce(context, "leaderboard")
+    rows = our_leaderboard_rows(project.workspace)
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else dg.MetadataValue.md("none")
+    return materialized(run, project.workspace.leaderboard, {"scores": table})

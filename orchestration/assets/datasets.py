@@ -1,0 +1,40 @@
+"""Group `datasets`: what trains and what tests, each held by a contract."""
+
+import dagster as dg
+
+from medvlm.store import read_report
+from orchestration.assets.ingest import figures, sample_corpus
+from orchestration.metadata import markdown_table, materialized
+from orchestration.resources import DvcProject, StageRun
+
+
+@dg.asset(group_name="datasets", kinds={"parquet"}, owners=["team:data"], deps=[figures])
+def alignment_dataset(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """One figure and its caption a sample: what stage 1 learns the projector on."""
+    run = project.reproduce(context, "alignment")
+    return materialized(run, project.workspace.dataset("alignment"))
+
+
+@dg.asset(group_name="datasets", kinds={"parquet"}, owners=["team:data"], deps=[figures])
+def instruct_dataset(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Conversations about figures, from captions and inline mentions: what stage 2 learns on."""
+    run = project.reproduce(context, "instruct")
+    return materialized(run, project.workspace.dataset("instruct"))
+
+
+@dg.asset(group_name="datasets", kinds={"parquet"}, owners=["team:data"], deps=[sample_corpus])
+def benchmark_items(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Questions of every benchmark and split, read from the official releases.
+
+    The train splits are what stage 3 learns on; the test splits are what is scored.
+    """
+    names = list(project.settings.benchmarks)
+    runs = [project.reproduce(context, f"benchmark@{name}") for name in names]
+    reports = [read_report(project.workspace.benchmark(name)) for name in names]
+    rows = [(name, key, count) for name, r in zip(names, reports, strict=True) if r for key, count in r.counts.items()]
+    merged = StageRun("benchmark", any(r.ran for r in runs), "-".join(r.data_version for r in runs))
+    return materialized(
+        merged,
+        project.workspace.root / "benchmarks",
+        {"counts": markdown_table(("benchmark", "what", "count"), rows)},
+    )

@@ -1,0 +1,38 @@
+"""Group `ingest`: from the URL list to figures with licences and captions."""
+
+import dagster as dg
+
+from orchestration.metadata import markdown_table, materialized, picture
+from orchestration.resources import DvcProject
+
+
+@dg.asset(group_name="ingest", kinds={"python"}, owners=["team:data"])
+def sample_corpus(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Synthetic phantoms in every published format, drawn by code from a seed. Not medical data.
+
+    A bucket in the layout of the PMC Cloud Service, a URL list and texts in LLaVA-Med's formats,
+    and question sets in the official formats of VQA-RAD, SLAKE and PathVQA.
+    """
+    run = project.reproduce(context, "corpus")
+    return materialized(run, project.workspace.corpus)
+
+
+@dg.asset(group_name="ingest", kinds={"parquet", "s3"}, owners=["team:data"], deps=[sample_corpus])
+def figures(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Figures of the URL list with caption, mentions, licence and provenance; one outcome a row.
+
+    Fetched from the store that params.yaml names, by the layout that PMC has had since August
+    2026. A figure that cannot be had is a row with its reason.
+    """
+    from medvlm.results import contact_sheet_of_figures, fetch_reasons
+
+    run = project.reproduce(context, "figures", watch=True)
+    workspace = project.workspace
+    return materialized(
+        run,
+        workspace.figures,
+        {
+            "outcomes": markdown_table(("status", "rows"), list(fetch_reasons(workspace).items())),
+            "contact sheet": picture(contact_sheet_of_figures(workspace), "figures"),
+        },
+    )

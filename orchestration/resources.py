@@ -1,0 +1,195 @@
+"""The one resource: a DVC project whose stages Dagster reproduces, supervised and watched."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+
+from medvlm.progress import LISTENER_VARIABLE
+from medvlm.settings import Settings, read_settings
+from medvlm.store import Workspace
+from orchestration.progress import LISTENER
+
+POLL_S = 0.5
+LAST_LINES = 25
+END_S = 20.0
+"""Patience with the supervisor, which itself ends everything within 13 s."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What became of one DVC stage."""
+
+    stage: str
+    ran: bool
+    """False where DVC found it up to date."""
+    data_version: str
+    """Hash over DVC's hashes of the stage's outputs, reports (which hold times) left out."""
+
+
+class DvcProject(dg.ConfigurableResource):
+    """The project folder: dvc.yaml, params.yaml and the workspace they name."""
+
+    root: str
+
+    @property
+    def settings(self) -> Settings:
+        """The sources of this workspace, from params.yaml."""
+        return read_settings(Path(self.root) / "params.yaml")
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace that params.yaml names."""
+        return Workspace(Path(self.root) / self.settings.workspace)
+
+    def reproduce(self, context: Any, stage: str, *, watch: bool = False) -> StageRun:
+        """Bring one DVC stage up to date: run it if its inputs changed, else leave it.
+
+        Args:
+            context: Of the asset or check; cancelling its run ends every process of the stage.
+            stage: Name in dvc.yaml, such as ``stage1@tiny-llava-med``.
+            watch: Open a Pipes session, so that a long job's progress appears in the UI live.
+
+        Raises:
+            dagster.Failure: The stage failed; the message ends with the command's own last words.
+        """
+        before = self._locked(stage)
+        with ExitStack() as stack:
+            session = stack.enter_context(_pipes_session(context)) if watch else None
+            environment = {**session.get_bootstrap_env_vars(), LISTENER_VARIABLE: LISTENER} if session else {}
+            command = stack.enter_context(_supervised_dvc(Path(self.root), stage, environment))
+            seen = 0
+            while command.wait(POLL_S) is None:
+                seen = _observe(context, session, seen)
+            _observe(context, session, seen)
+        if command.returncode:
+            raise dg.Failure(
+                f"DVC stage {stage} ended with exit code {command.returncode}:\n{command.last_words}",
+                metadata={"stage": stage, "exit_code": command.returncode},
+            )
+        after = self._locked(stage)
+        return StageRun(stage, ran=after != before, data_version=_data_version(after))
+
+    def changed_inputs(self, stage: str) -> list[str]:
+        """Inputs of a stage that another stage has made anew since it last ran.
+
+        Read from dvc.lock alone, so that it is quick and never waits for DVC's own lock. A stage
+        that has not run yet has no inputs and so none that changed.
+        """
+        stages = self._lock().get("stages", {})
+        made = {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", ())}
+        read = stages.get(stage, {}).get("deps", ())
+        return [dep["path"] for dep in read if made.get(dep["path"], dep["md5"]) != dep["md5"]]
+
+    def _locked(self, stage: str) -> dict[str, Any]:
+        """A stage's entry in dvc.lock: the hashes of what it read and wrote."""
+        return self._lock().get("stages", {}).get(stage, {})
+
+    def _lock(self) -> dict[str, Any]:
+        path = Path(self.root) / "dvc.lock"
+        return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
+
+
+@contextmanager
+def _pipes_session(context: Any) -> Iterator[dg.PipesSession]:
+    with dg.open_pipes_session(
+        context=context,
+        context_injector=dg.PipesTempFileContextInjector(),
+        message_reader=dg.PipesTempFileMessageReader(),
+    ) as session:
+        yield session
+
+
+def _observe(context: Any, session: dg.PipesSession | None, seen: int) -> int:
+    """Log what the job reported since the last look as observations of the asset."""
+    if session is None:
+        return 0
+    messages = session.get_custom_messages()
+    for message in messages[seen:]:
+        progress = message.get("progress", {})
+        metadata = {key: value for key, value in progress.items() if isinstance(value, int | float | str)}
+        partition = context.partition_key if context.has_partition_key else None
+        for key in context.selected_asset_keys:
+            context.log_event(dg.AssetObservation(asset_key=key, partition=partition, metadata=metadata))
+    return len(messages)
+
+
+def _data_version(locked: Mapping[str, Any]) -> str:
+    hashes = [out["md5"] for out in locked.get("outs", ()) if not out["path"].endswith("report.json")]
+    return "-".join(h[:12] for h in hashes) or "none"
+
+
+class _Command:
+    """A supervised command whose output is passed on as it comes; its last lines are kept."""
+
+    def __init__(self, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+        # The stage's own commands (`medvlm`, `python`) must be those of this environment.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        self._process = subprocess.Popen(
+            arguments,
+            cwd=folder,
+            env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._tail: deque[str] = deque(maxlen=LAST_LINES)
+        self._reader = threading.Thread(target=self._pass_on, daemon=True)
+        self._reader.start()
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._tail.append(line.rstrip())
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, or None if the command still runs after this time."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join()
+        return self._process.returncode
+
+    def end(self) -> None:
+        """Tell the supervisor to end everything, if it still runs, and wait until it has."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(END_S)
+        self._reader.join(timeout=1.0)
+
+    @property
+    def returncode(self) -> int:
+        return self._process.returncode
+
+    @property
+    def last_words(self) -> str:
+        return "\n".join(line for line in self._tail if line)
+
+
+@contextmanager
+def _supervised_dvc(root: Path, stage: str, environment: Mapping[str, str]) -> Iterator[_Command]:
+    command = _Command(
+        [
+            *(sys.executable, "-m", "orchestration.supervisor", "--"),
+            *(sys.executable, "-m", "dvc", "repro", "--single-item", stage),
+        ],
+        root,
+        environment,
+    )
+    try:
+        yield command
+    finally:
+        command.end()
