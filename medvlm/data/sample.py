@@ -1,0 +1,143 @@
+"""The synthetic sample corpus: everything the pipeline reads, drawn by code, in the official formats.
+
+No picture shows a patient and no article exists. It makes the demo and the tests run without a network,
+and it is made so that a model that looks at the pictures scores far above one that does not.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medvlm.data.phantoms import Modality, balanced_findings
+from medvlm.data.sample_benchmarks import BenchmarkSize, write_pathvqa, write_slake, write_vqa_rad
+from medvlm.data.sample_bucket import TROUBLES, SampleArticle, make_articles, url_rows, write_bucket
+from medvlm.data.sample_conversations import alignment_rows, instruct_rows
+from medvlm.data.sample_questions import Language
+from medvlm.errors import InputError
+from medvlm.store import Report, Workspace, atomic_folder, fingerprint, write_json, write_report
+
+__all__ = ["STANDARD", "TINY", "CorpusScale", "build_corpus"]
+
+_MODALITIES: tuple[Modality, ...] = ("chest_xray", "ct", "mri", "histology", "gross")
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusScale:
+    """How much is drawn."""
+
+    articles: int = 120
+    figures_per_article: int = 3
+    benchmark: BenchmarkSize = field(default_factory=BenchmarkSize)
+    """Of each of the three question sets."""
+    troubles: bool = True
+    """Whether one article stands for each reason why a figure can be lost."""
+
+    def __post_init__(self) -> None:
+        if self.troubles and self.articles <= len(TROUBLES):
+            raise InputError(
+                f"{self.articles} articles are too few to hold one of each trouble",
+                where="CorpusScale.articles",
+                hint=f"take more than {len(TROUBLES)}, or troubles=False",
+            )
+
+
+STANDARD = CorpusScale()
+"""What ``medvlm corpus`` and the demo draw."""
+TINY = CorpusScale(articles=20, figures_per_article=3, benchmark=BenchmarkSize(train=24, validation=12, test=12))
+"""For tests: the same formats and the same trouble in a second."""
+
+
+def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = STANDARD) -> Report:
+    """Draw the sample corpus into ``workspace.corpus``, which is replaced whole.
+
+    Equal seed and scale give equal bytes, apart from ``report.json``.
+
+    Args:
+        workspace: Owns the folder.
+        seed: Decides every picture and every sentence.
+        scale: How much to draw.
+
+    Returns:
+        The report written beside the data: counts, troubles by name, fingerprint.
+
+    Raises:
+        WorkspaceError: The disk is full or read-only; the old corpus is then still in place.
+    """
+    started = time.monotonic()
+    workspace.ensure()
+    rng = random.Random(f"corpus/{seed}")  # noqa: S311  # pictures, not secrets
+    findings = balanced_findings(rng, _MODALITIES, scale.articles * scale.figures_per_article)
+    articles = make_articles(rng, findings, per_article=scale.figures_per_article, troubles=scale.troubles)
+    figures = [figure for article in articles for figure in article.figures]
+    with atomic_folder(workspace.corpus) as folder:
+        write_bucket(folder / "bucket" / "pmc-oa-opendata", articles)
+        rows = url_rows(articles)
+        rng.shuffle(rows)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "llava_med_image_urls.jsonl").write_text(lines, "utf-8")
+        write_json(folder / "expected.json", {figure.pair_id: figure.expected for figure in figures})
+        suffixes: dict[Language, str] = {"en": "", "zh": "_zh"}
+        for language, suffix in suffixes.items():
+            write_json(folder / "llava-med" / f"alignment{suffix}.json", alignment_rows(rng, figures, language))
+            write_json(folder / "llava-med" / f"instruct{suffix}.json", instruct_rows(rng, figures, language))
+        questions = {
+            "vqa-rad": write_vqa_rad(folder / "vqa-rad", f"vqa-rad/{seed}", scale.benchmark),
+            "slake": write_slake(folder / "slake", f"slake/{seed}", scale.benchmark),
+            "pathvqa": write_pathvqa(folder / "pathvqa", f"pathvqa/{seed}", scale.benchmark),
+        }
+        counts = _counts(articles, questions)
+        (folder / "README.md").write_text(_readme(seed, counts), "utf-8")
+        mark = _content_fingerprint(folder)
+    expected = Counter(figure.expected for figure in figures)
+    details: dict[str, Any] = {
+        "scale": asdict(scale),
+        "expected_outcomes": dict(sorted(expected.items())),
+        "troubles": {a.trouble: a.pmcid for a in articles if a.trouble},
+    }
+    report = Report(step="corpus", counts=counts, details=details, seed=seed, fingerprint=mark)
+    return write_report(workspace.corpus, report, started=started, packages=("numpy", "pillow"))
+
+
+def _counts(articles: list[SampleArticle], questions: dict[str, dict[str, int]]) -> dict[str, int]:
+    counts = {"articles": len(articles), "figures": sum(len(article.figures) for article in articles)}
+    for name, splits in questions.items():
+        counts |= {f"{name}_{split}_questions": number for split, number in splits.items()}
+    return counts
+
+
+def _content_fingerprint(folder: Path) -> str:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return fingerprint(*(part for path in paths for part in (path.relative_to(folder).as_posix(), path)))
+
+
+def _readme(seed: int, counts: dict[str, int]) -> str:
+    table = "\n".join(f"| {name.replace('_', ' ')} | {number} |" for name, number in counts.items())
+    return f"""# Synthetic sample corpus
+
+**Everything here is synthetic.** The pictures are phantoms drawn by code, the articles were written by a
+program, and no patient, author or journal stands behind them. Licence: CC0 1.0 (the licences in the articles'
+metadata are part of the play). Research use only; nothing here is fit for a clinical purpose.
+
+Drawn by `medvlm corpus --seed {seed}`.
+
+- `bucket/pmc-oa-opendata/`: articles in the layout of the PMC Cloud Service, some with trouble on purpose;
+  `expected.json` says what a fetch under the `research` policy has to make of each row.
+- `llava_med_image_urls.jsonl`: the figures wanted, in LLaVA-Med's list format.
+- `llava-med/`: alignment and instruction rows about those figures, in LLaVA-Med's JSON format, in English and
+  (`*_zh.json`) Chinese.
+- `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats. No picture is in two splits.
+
+"Left" and "right" mean the left and the right of the image. All lesions of one picture lie on one side and
+have one size. Each closed question is answered by yes exactly as often as by no, in every split, so that a
+model that does not look at the picture is right half of the time.
+
+| what | number |
+|---|---|
+{table}
+"""

@@ -1,0 +1,195 @@
+"""The sample corpus' question sets, in the official formats of VQA-RAD, SLAKE and PathVQA."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medvlm.data.phantoms import Finding, Modality, balanced_findings, draw_phantom, encode_jpeg
+from medvlm.data.sample_questions import Asked, Language, ask, word
+from medvlm.records import Split
+from medvlm.store import write_json
+
+__all__ = ["BenchmarkSize", "write_pathvqa", "write_slake", "write_vqa_rad"]
+
+_RADIOLOGY: tuple[Modality, ...] = ("chest_xray", "ct", "mri")
+_PATHOLOGY: tuple[Modality, ...] = ("histology", "gross")
+
+_RAD_TYPES = {
+    "lesion": "PRES",
+    "normal": "ABN",
+    "side": "POS",
+    "size": "SIZE",
+    "count": "COUNT",
+    "modality": "MODALITY",
+    "organ": "ORGAN",
+}
+_RAD_ORGANS = {"chest": "CHEST", "head": "HEAD", "abdomen": "ABD"}
+_SLAKE_TYPES = {
+    "lesion": "Abnormality",
+    "normal": "Abnormality",
+    "side": "Position",
+    "size": "Size",
+    "count": "Quantity",
+    "modality": "Modality",
+    "organ": "Organ",
+}
+_SLAKE_LOCATIONS = {"chest": "Lung", "head": "Brain", "abdomen": "Abdomen"}
+_SLAKE_MODALITIES = {"chest_xray": "X-Ray", "ct": "CT", "mri": "MRI"}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkSize:
+    """Pictures of one question set, and questions a picture."""
+
+    train: int = 400
+    validation: int = 60
+    test: int = 60
+    closed_per_image: float = 3
+    open_per_image: int = 2
+
+    def images(self, split: Split) -> int:
+        """Pictures of one split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """The pictures of one split, and what is asked about them."""
+
+    findings: list[Finding]
+    pictures: list[bytes]
+    asked: list[Asked]
+
+
+def _panel(seed: str, split: Split, modalities: Sequence[Modality], size: BenchmarkSize) -> _Panel:
+    rng = random.Random(f"{seed}/{split}")  # noqa: S311  # pictures, not secrets
+    findings = balanced_findings(rng, modalities, size.images(split))
+    pictures = [encode_jpeg(draw_phantom(f, f"{seed}/{split}/{i}")) for i, f in enumerate(findings)]
+    return _Panel(findings, pictures, ask(rng, findings, closed=size.closed_per_image, open_=size.open_per_image))
+
+
+def _text(asked: Asked, language: Language = "en") -> str:
+    text = word(asked.answer, language)
+    return text.capitalize() if asked.answer in ("yes", "no") else text
+
+
+def write_vqa_rad(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+    """Write ``VQA_RAD Dataset Public.json`` and its image folder.
+
+    Returns:
+        Questions by split. As in the release there is no validation split, and the quirks that readers
+        must survive are there: the first ``qid`` is a string, one ``answer_type`` ends in a blank.
+    """
+    images = folder / "VQA_RAD Image Folder"
+    images.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    first_names: dict[Split, int] = {"train": 10001, "test": 90001}
+    for split, first in first_names.items():
+        panel = _panel(seed, split, _RADIOLOGY, size)
+        counts[split] = len(panel.asked)
+        for index, picture in enumerate(panel.pictures):
+            (images / f"synpic{first + index}.jpg").write_bytes(picture)
+        for asked in panel.asked:
+            name = f"synpic{first + asked.picture}.jpg"
+            rows.append(_rad_row(len(rows), split, name, asked, panel.findings[asked.picture]))
+    rows[0]["qid"] = "0"
+    next(row for row in rows if row["answer_type"] == "CLOSED")["answer_type"] = "CLOSED "
+    write_json(folder / "VQA_RAD Dataset Public.json", rows)
+    return counts
+
+
+def _rad_row(qid: int, split: str, name: str, asked: Asked, finding: Finding) -> dict[str, Any]:
+    return {
+        "qid": qid,
+        "phrase_type": "test_freeform" if split == "test" else "freeform",
+        "qid_linked_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"medvlm/sample/{name}/{asked.question.key}")),
+        "image_case_url": f"https://example.org/synthetic/{name}",
+        "image_name": name,
+        "image_organ": _RAD_ORGANS[finding.organ],
+        "evaluation": "not evaluated",
+        "question": asked.question.text("en"),
+        "question_rephrase": "NULL",
+        "question_relation": "NULL",
+        "question_frame": "NULL",
+        "question_type": _RAD_TYPES[asked.question.subject],
+        "answer": _text(asked),
+        "answer_type": asked.answer_type.upper(),
+    }
+
+
+def write_slake(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+    """Write ``Slake1.0/{train,validate,test}.json`` and ``imgs/xmlabN/source.jpg``.
+
+    Returns:
+        Questions by split and language, such as ``train_en``. Both languages ask about the same pictures.
+    """
+    root = folder / "Slake1.0"
+    counts: dict[str, int] = {}
+    first_image = qid = 0
+    splits: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "validate"), ("test", "test"))
+    for split, file_name in splits:
+        panel = _panel(seed, split, _RADIOLOGY, size)
+        for index, picture in enumerate(panel.pictures):
+            image = root / "imgs" / f"xmlab{first_image + index}" / "source.jpg"
+            image.parent.mkdir(parents=True)
+            image.write_bytes(picture)
+        rows: list[dict[str, Any]] = []
+        for language in ("en", "zh"):
+            for asked in panel.asked:
+                rows.append(
+                    _slake_row(qid, first_image + asked.picture, asked, panel.findings[asked.picture], language)
+                )
+                qid += 1
+            counts[f"{split}_{language}"] = len(panel.asked)
+        write_json(root / f"{file_name}.json", rows)
+        first_image += len(panel.pictures)
+    return counts
+
+
+def _slake_row(qid: int, image: int, asked: Asked, finding: Finding, language: Language) -> dict[str, Any]:
+    return {
+        "img_id": image,
+        "img_name": f"xmlab{image}/source.jpg",
+        "question": asked.question.text(language),
+        "answer": _text(asked, language),
+        "q_lang": language,
+        "location": _SLAKE_LOCATIONS[finding.organ],
+        "modality": _SLAKE_MODALITIES[finding.modality],
+        "answer_type": asked.answer_type.upper(),
+        "base_type": "vqa",
+        "content_type": _SLAKE_TYPES[asked.question.subject],
+        "triple": ["vhead", "_", "_"],
+        "qid": qid,
+    }
+
+
+def write_pathvqa(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+    """Write ``pvqa_{train,val,test}.json`` and ``images/<split>_NNNN.jpg``.
+
+    Returns:
+        Questions by split. As in the release, one record a split has an empty question list.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True)
+    counts: dict[str, int] = {}
+    splits: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "val"), ("test", "test"))
+    for split, name in splits:
+        panel = _panel(seed, split, _PATHOLOGY, size)
+        # The release's first record has no questions; its picture is not among the images either.
+        records: list[dict[str, Any]] = [{"img_id": f"{name}_0000", "labelf": {"pvqa": []}, "sentf": {"pvqa": []}}]
+        for index, picture in enumerate(panel.pictures, start=1):
+            records.append({"img_id": f"{name}_{index:04d}", "labelf": {"pvqa": []}, "sentf": {"pvqa": []}})
+            (images / f"{name}_{index:04d}.jpg").write_bytes(picture)
+        for asked in panel.asked:
+            record = records[asked.picture + 1]
+            record["labelf"]["pvqa"].append({word(asked.answer, "en"): 1})
+            record["sentf"]["pvqa"].append(asked.question.text("en"))
+        counts[split] = len(panel.asked)
+        write_json(folder / f"pvqa_{name}.json", records)
+    return counts

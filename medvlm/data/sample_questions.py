@@ -1,0 +1,259 @@
+"""What can be asked and said about a phantom, in English and Chinese, with balanced answers.
+
+Every closed question is asked as often where the answer is yes as where it is no. A model that does not
+look at the picture is therefore right half of the time, whatever it makes of the question's wording.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medvlm.data.phantoms import Finding
+from medvlm.records import AnswerType
+
+__all__ = ["CLOSED", "OPEN", "Asked", "Language", "Question", "ask", "caption", "sentence", "word"]
+
+Language = Literal["en", "zh"]
+
+_WORDS: dict[str, tuple[str, str]] = {
+    "chest_xray": ("chest X-ray", "胸部X光片"),
+    "ct": ("CT", "CT"),
+    "mri": ("MRI", "MRI"),
+    "histology": ("histology", "组织切片"),
+    "gross": ("gross specimen", "大体标本"),
+    "chest": ("chest", "胸部"),
+    "head": ("head", "头部"),
+    "abdomen": ("abdomen", "腹部"),
+    "skin": ("skin", "皮肤"),
+    "liver": ("liver", "肝脏"),
+    "kidney": ("kidney", "肾脏"),
+    "left": ("left", "左侧"),
+    "right": ("right", "右侧"),
+    "small": ("small", "小"),
+    "large": ("large", "大"),
+    "1": ("one", "一个"),
+    "2": ("two", "两个"),
+    "3": ("three", "三个"),
+    "yes": ("yes", "是"),
+    "no": ("no", "否"),
+}
+
+_PICTURES: dict[str, tuple[str, str]] = {
+    "chest_xray": ("chest X-ray", "X光片"),
+    "ct": ("CT image", "CT图像"),
+    "mri": ("MRI image", "MRI图像"),
+    "histology": ("histology image", "组织切片"),
+    "gross": ("gross specimen", "大体标本"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question that fits many pictures."""
+
+    key: str
+    """``<subject>`` or ``<subject>:<value>``, such as ``side:left``."""
+    texts: tuple[str, str]
+    """In English and in Chinese."""
+    answer: Callable[[Finding], str | None]
+    """Key of the answer's word; None where the question must not be asked of the picture."""
+
+    @property
+    def subject(self) -> str:
+        """What is asked after: ``lesion``, ``normal``, ``side``, ``size``, ``count``, ``modality`` or ``organ``."""
+        return self.key.partition(":")[0]
+
+    def text(self, language: Language) -> str:
+        """The wording."""
+        return self.texts[_column(language)]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question put to one picture, with the right answer."""
+
+    picture: int
+    """Index into the findings that were given."""
+    question: Question
+    answer: str
+    """Key of the answer's word."""
+    answer_type: AnswerType
+
+
+def word(key: str, language: Language) -> str:
+    """The word of an answer key such as ``chest_xray``, ``left``, ``2`` or ``yes``."""
+    return _WORDS[key][_column(language)]
+
+
+def _column(language: Language) -> int:
+    return 0 if language == "en" else 1
+
+
+def _yes_if(condition: bool) -> str:
+    return "yes" if condition else "no"
+
+
+def _closed_questions() -> list[Question]:
+    questions = [
+        Question("lesion", ("Is there a lesion?", "图中有病变吗?"), lambda f: _yes_if(f.count > 0)),
+        Question("normal", ("Does the image look normal?", "图像正常吗?"), lambda f: _yes_if(f.count == 0)),
+        Question(
+            "count:many",
+            ("Is there more than one lesion?", "病变多于一个吗?"),
+            lambda f: _yes_if(f.count > 1) if f.count else None,
+        ),
+    ]
+    for side in ("left", "right"):
+        texts = (f"Is the lesion on the {side} side?", f"病变在{_WORDS[side][1]}吗?")
+        questions.append(Question(f"side:{side}", texts, _single(lambda f, side=side: _yes_if(f.side == side))))
+    for size in ("large", "small"):
+        texts = (f"Is the lesion {size}?", f"病变{_WORDS[size][1]}吗?")
+        questions.append(Question(f"size:{size}", texts, _single(lambda f, size=size: _yes_if(f.size == size))))
+    for modality, (english, chinese) in _PICTURES.items():
+        texts = (f"Is this {'an' if modality == 'mri' else 'a'} {english}?", f"这是{chinese}吗?")
+        questions.append(
+            Question(f"modality:{modality}", texts, lambda f, modality=modality: _yes_if(f.modality == modality))
+        )
+    for organ in ("chest", "head", "abdomen", "skin", "liver", "kidney"):
+        texts = (f"Is the {organ} shown?", f"图中显示的是{_WORDS[organ][1]}吗?")
+        questions.append(Question(f"organ:{organ}", texts, lambda f, organ=organ: _yes_if(f.organ == organ)))
+    return questions
+
+
+def _single(answer: Callable[[Finding], str]) -> Callable[[Finding], str | None]:
+    # "The lesion" is one: with two or three of them the question would not be plain.
+    return lambda finding: answer(finding) if finding.count == 1 else None
+
+
+CLOSED: tuple[Question, ...] = tuple(_closed_questions())
+"""Questions answered by yes or no."""
+
+OPEN: tuple[Question, ...] = (
+    Question("side", ("Which side is the lesion on?", "病变在哪一侧?"), _single(lambda f: f.side)),
+    Question("size", ("What is the size of the lesion?", "病变的大小如何?"), _single(lambda f: f.size)),
+    Question("count", ("How many lesions are there?", "有几个病变?"), lambda f: str(f.count) if f.count else None),
+    Question("modality", ("What modality is shown?", "这是什么成像方式?"), lambda f: f.modality),
+    Question("organ", ("Which organ is shown?", "图中显示的是哪个部位?"), lambda f: f.organ),
+)
+"""Questions answered by a word."""
+
+
+def ask(rng: random.Random, findings: Sequence[Finding], *, closed: float, open_: int) -> list[Asked]:
+    """Questions about pictures, sorted by picture.
+
+    Every closed question gets as many pictures with the answer yes as with no, exactly.
+
+    Args:
+        rng: Decides which pictures a question is put to.
+        findings: One for each picture.
+        closed: Closed questions a picture, on average; fewer where a question finds too few pictures.
+        open_: Open questions a picture, at most; a picture without a lesion may have fewer.
+    """
+    asked: list[Asked] = []
+    pools = [(question, _by_answer(rng, question, findings)) for question in CLOSED]
+    pools = [(question, pool) for question, pool in pools if pool["yes"] and pool["no"]]
+    pairs = max(1, round(len(findings) * closed / (2 * max(1, len(pools)))))
+    for question, pool in pools:
+        each = min(pairs, len(pool["yes"]), len(pool["no"]))
+        for answer in ("yes", "no"):
+            asked += [Asked(picture, question, answer, "closed") for picture in pool[answer][:each]]
+    for picture, finding in enumerate(findings):
+        fitting = [(q, a) for q in OPEN if (a := q.answer(finding)) is not None]
+        for question, answer in rng.sample(fitting, min(open_, len(fitting))):
+            asked.append(Asked(picture, question, answer, "open"))
+    return sorted(asked, key=lambda a: (a.picture, a.answer_type, a.question.key))
+
+
+def _by_answer(rng: random.Random, question: Question, findings: Sequence[Finding]) -> dict[str, list[int]]:
+    pool: dict[str, list[int]] = {"yes": [], "no": []}
+    for picture, finding in enumerate(findings):
+        answer = question.answer(finding)
+        if answer is not None:
+            pool[answer].append(picture)
+    for pictures in pool.values():
+        rng.shuffle(pictures)
+    return pool
+
+
+def caption(rng: random.Random, finding: Finding, language: Language) -> str:
+    """A figure caption in the words that the questions use."""
+    return _chinese_caption(rng, finding) if language == "zh" else _english_caption(rng, finding)
+
+
+def _lesions(finding: Finding) -> str:
+    return f"{word(str(finding.count), 'en')} {finding.size} lesion{'s' if finding.count > 1 else ''}"
+
+
+def _english_caption(rng: random.Random, finding: Finding) -> str:
+    picture = _PICTURES[finding.modality][0]
+    shown = f"{picture[0].upper()}{picture[1:]} of the {finding.organ}"
+    if finding.count == 0:
+        forms = (
+            f"{shown}. There is no lesion.",
+            f"{shown} without a lesion. The image looks normal.",
+            f"Normal {picture}. The {finding.organ} is shown, and there is no lesion on the left or right side.",
+        )
+        return rng.choice(forms)
+    many = finding.count > 1
+    forms = (
+        f"{shown} showing {_lesions(finding)} on the {finding.side} side.",
+        f"{shown}. There {'are' if many else 'is'} {_lesions(finding)} on the {finding.side} side.",
+        f"{_lesions(finding).capitalize()} on the {finding.side} side. This is a {picture} of the {finding.organ}.",
+        (
+            f"{shown}. The image does not look normal: there {'are' if many else 'is'} {_lesions(finding)}. The "
+            f"{'lesions are' if many else 'lesion is'} on the {finding.side} side of the image, and the size is "
+            f"{finding.size}. There is {'more than one' if many else 'only one'} lesion, and the organ shown is "
+            f"the {finding.organ}."
+        ),
+    )
+    return rng.choice(forms).replace("a MRI", "an MRI")
+
+
+def _chinese_caption(rng: random.Random, finding: Finding) -> str:
+    shown = f"{word(finding.organ, 'zh')}{_PICTURES[finding.modality][1]}"
+    if finding.count == 0:
+        return rng.choice((f"{shown}，图中没有病变。", f"{shown}，图像正常，没有病变。"))
+    number, size, side = word(str(finding.count), "zh"), word(finding.size, "zh"), word(finding.side, "zh")
+    return rng.choice((f"{shown}，{side}有{number}{size}病变。", f"{shown}，图中有{number}{size}病变，病变在{side}。"))
+
+
+def sentence(asked: Asked, finding: Finding, language: Language) -> str:
+    """The answer as a sentence, for conversations."""
+    return _chinese_sentence(asked, finding) if language == "zh" else _english_sentence(asked, finding)
+
+
+def _english_sentence(asked: Asked, finding: Finding) -> str:
+    picture = _PICTURES[finding.modality][0]
+    verb = "are" if finding.count > 1 else "is"
+    lesion = f"there {verb} {_lesions(finding)} on the {finding.side} side" if finding.count else "there is no lesion"
+    statement = {
+        "lesion": lesion,
+        "normal": lesion,
+        "side": f"the lesion is on the {finding.side} side",
+        "size": f"the lesion is {finding.size}",
+        "count": f"there {verb} {word(str(finding.count), 'en') if finding.count else 'no'} "
+        f"lesion{'s' if finding.count > 1 else ''}",
+        "modality": f"this is {'an' if finding.modality == 'mri' else 'a'} {picture}",
+        "organ": f"the {finding.organ} is shown",
+    }[asked.question.subject]
+    if asked.answer_type == "open":
+        return f"{statement[0].upper()}{statement[1:]}."
+    return f"{asked.answer.capitalize()}, {statement}."
+
+
+def _chinese_sentence(asked: Asked, finding: Finding) -> str:
+    number = word(str(finding.count), "zh") if finding.count else ""
+    lesion = f"{word(finding.side, 'zh')}有{number}{word(finding.size, 'zh')}病变" if finding.count else "图中没有病变"
+    statement = {
+        "lesion": lambda: lesion,
+        "normal": lambda: lesion,
+        "side": lambda: f"病变在{word(finding.side, 'zh')}",
+        "size": lambda: f"病变{word(finding.size, 'zh')}",
+        "count": lambda: f"有{number}病变",
+        "modality": lambda: f"这是{_PICTURES[finding.modality][1]}",
+        "organ": lambda: f"图中显示的是{word(finding.organ, 'zh')}",
+    }[asked.question.subject]()
+    return f"{statement}。" if asked.answer_type == "open" else f"{word(asked.answer, 'zh')}，{statement}。"
