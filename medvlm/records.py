@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "Turn",
     "VQAItem",
+    "WrongAnswer",
     "from_row",
     "schema_of",
     "to_row",
@@ -80,6 +81,8 @@ class FigureRef:
     figure_id: str
     """JATS figure id or label, where the row names one; else empty."""
     pmid: int | None
+    panel: str = ""
+    """Panel number of a ChiMed-VL name; the whole figure is fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,11 @@ class FetchOutcome:
     """Object key in the store; empty if none was resolved."""
     version: int | None
     licence: str | None
+    figures: int = 0
+    """Figures that this row added to the shards: 0 or 1, more where a row asks for a whole article."""
+    metadata_etags: tuple[str, ...] = ()
+    """``<version>:<ETag>`` of the article's metadata objects when this was decided; a rerun and
+    ``medvlm recheck`` trust the outcome as long as these hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +222,32 @@ class Score:
     high: float | None
     n: int
     """Items in the denominator."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrongAnswer:
+    """An answer that is wrong, or not fully right, under the headline rule, with what to look at."""
+
+    item_id: str
+    benchmark: str
+    model: str
+    stage: str
+    answer_type: AnswerType
+    question: str
+    answer: str
+    prediction: str
+    blind_prediction: str | None
+    """What the same model says without the image; None where it was not asked."""
+    rule: str
+    """The headline rule of the answer type."""
+    score: float
+    """Under that rule, 0 to 1; below 1."""
+    question_type: str
+    modality: str
+    organ: str
+    language: Literal["en", "zh"]
+    image_id: str
+    image: Image
 
 
 @dataclass(frozen=True, slots=True)
