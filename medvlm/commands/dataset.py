@@ -20,6 +20,35 @@ def dataset() -> None:
     """Build and describe training datasets and benchmarks."""
 
 
+@dataset.command("build")
+@click.argument("name", type=click.Choice(["alignment", "instruct"]))
+@click.option(
+    "--official",
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    help="LLaVA-Med's JSON, joined to the fetched figures; or a folder of figure shards.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
+@JSON_OPTION
+@click.pass_obj
+def build(workspace: str, name: str, source: Path | None, seed: int, as_json: bool) -> None:
+    """Build the training dataset NAME (alignment or instruct) from the fetched figures.
+
+    Without --official, captions are the alignment texts and rules write the conversations.
+
+    \b
+    medvlm dataset build alignment
+    medvlm dataset build instruct --official llava_med_instruct_60k_inline_mention.json
+    """
+    from medvlm.data.alignment import build_alignment
+    from medvlm.data.instruct import build_instruct
+
+    make = {"alignment": build_alignment, "instruct": build_instruct}[name]
+    shards, official = (source, None) if source and source.is_dir() else (None, source)
+    _print_report(make(Workspace(Path(workspace)).ensure(), official=official, figures=shards, seed=seed), as_json)
+
+
 @dataset.command("build-benchmark")
 @click.argument("name")
 @click.option(

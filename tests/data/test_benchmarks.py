@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image as PillowImage
+from figure_factory import jpeg
 
 from medvlm.cli import cli
 from medvlm.data.benchmarks import build_benchmark, finetune_samples, read_benchmark
@@ -22,14 +21,6 @@ from medvlm.store import Workspace, read_records, read_report, shard_paths
 
 def by_split_and_type(items: list[VQAItem]) -> Counter[tuple[str, str]]:
     return Counter((item.split, item.answer_type) for item in items)
-
-
-def jpeg(shade: int) -> bytes:
-    picture = PillowImage.new("L", (32, 32), shade)
-    picture.putpixel((3, 4), 255 - shade)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def vqa_rad_row(**changed: Any) -> dict[str, Any]:
@@ -221,7 +212,7 @@ def test_pathvqa_images_are_found_in_split_folders_too(tmp_path: Path) -> None:
     [
         (b'[{"qid": 1', "is not JSON"),
         ("[{\"question\": \"Où?\"}]".encode("latin1"), "is not UTF-8"),
-        (b"{}", "holds an object"),
+        (b"{}", r"begins with '{}'"),
         (b"[1]", "element is the number 1"),
         (b"[]", "no question was found"),
         (json.dumps([vqa_rad_row(answer_type="MAYBE")]).encode(), "'answer_type' is 'MAYBE'"),

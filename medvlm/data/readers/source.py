@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,15 @@ from typing import Any, NoReturn, TypeVar, cast
 
 from medvlm.errors import InputError
 from medvlm.records import AnswerType
-from medvlm.store import read_json
 
 __all__ = [
     "Dropped",
     "choice_of",
+    "file_sha256",
     "integer_of",
     "json_lines",
     "object_rows",
+    "read_text",
     "refuse",
     "text_of",
     "yes_no_type",
@@ -51,17 +54,67 @@ def refuse(what: str, where: str, expected: str) -> NoReturn:
 def object_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """The objects of a JSON array file, each with its place for error messages.
 
+    One object is parsed at a time: a file of half a million takes the memory of its text.
+
     Raises:
         InputError: The file is missing, not UTF-8, truncated, or not an array of objects.
     """
-    value = read_json(path)
-    if not isinstance(value, list):
-        refuse(f"the file holds {_kind(value)}", str(path), "a JSON array of objects")
-    for index, row in enumerate(cast("list[Any]", value)):
+    text = read_text(path)
+    decoder = json.JSONDecoder()
+    position = _skip(text, 0)
+    if text[position : position + 1] != "[":
+        refuse(f"the file begins with {text[position : position + 20]!r}", str(path), "a JSON array of objects")
+    position, index = _skip(text, position + 1), 0
+    while text[position : position + 1] != "]":
         where = f"{path}, element {index}"
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _not_json(error, path) from error
         if not isinstance(row, dict):
             refuse(f"the element is {_kind(row)}", where, "a JSON object")
         yield where, cast(Row, row)
+        position, index = _skip(text, position), index + 1
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise _not_json(json.JSONDecodeError("expected a comma or the array's end", text, position), path)
+    if _skip(text, position + 1) != len(text):
+        raise _not_json(json.JSONDecodeError("there is more after the array", text, position + 1), path)
+
+
+_BLANK = re.compile(r"\s*")
+
+
+def _skip(text: str, position: int) -> int:
+    match = _BLANK.match(text, position)
+    return match.end() if match else position
+
+
+def _not_json(error: json.JSONDecodeError, path: Path) -> InputError:
+    return InputError(
+        f"the file is not JSON: {error.msg}",
+        where=f"{path}, line {error.lineno}, column {error.colno}",
+        hint="compare its size and SHA-256 with the published file; a truncated download ends like this",
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        InputError: It is missing or not UTF-8, with the byte where it broke.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError("the file does not exist", where=str(path), hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the file is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}",
+            where=str(path),
+            hint="convert it, for example with iconv -f latin1 -t utf-8",
+        ) from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -153,3 +206,16 @@ def _value(row: Row, key: str, where: str) -> Any:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), f"the number {value!r}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError("the file does not exist", where=str(path), hint="check the path") from error

@@ -1,0 +1,68 @@
+"""The alignment dataset: one figure, one request to describe it, one caption."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from medvlm.data.conversations import (
+    joined_samples,
+    official_state,
+    pick,
+    prompts,
+    samples_of_figures,
+    write_dataset,
+)
+from medvlm.data.readers.llava_med import read_conversations
+from medvlm.records import Figure, Turn
+from medvlm.store import Report, Workspace
+
+__all__ = ["BRIEF_WORDS", "alignment_turns", "build_alignment"]
+
+BRIEF_WORDS = 30
+"""A caption of fewer words is asked for briefly, as LLaVA-Med does."""
+
+
+def build_alignment(
+    workspace: Workspace, *, official: Path | None = None, figures: Path | None = None, seed: int = 0
+) -> Report:
+    """Write the alignment samples of the fetched figures.
+
+    Args:
+        workspace: Gets ``samples("alignment")`` and its report.
+        official: LLaVA-Med's alignment JSON, joined by ``pair_id``. Without it, captions are the answers.
+        figures: Shards of figures; the workspace's by default.
+        seed: Decides which of our 27 prompts a figure gets.
+
+    Raises:
+        InputError: The official file is malformed, or no sample came out.
+        WorkspaceError: No figures have been fetched.
+    """
+    started = time.monotonic()
+    folder = figures or workspace.figure_shards
+    if official:
+        rows = joined_samples(folder, read_conversations(official), dataset="alignment")
+        return write_dataset(
+            workspace, "alignment", rows, started=started, details={"official": official_state(official)}
+        )
+    rows = samples_of_figures(
+        folder, lambda figure: alignment_turns(figure, seed), dataset="alignment", source="caption"
+    )
+    return write_dataset(workspace, "alignment", rows, started=started, details={}, seed=seed)
+
+
+def alignment_turns(figure: Figure, seed: int) -> tuple[Turn, ...] | str:
+    """One request and the caption as its answer, or why the figure gives none.
+
+    The image slot stands before or after the request, half and half, as in the published file.
+    """
+    caption = " ".join(figure.caption.split()).replace("<image>", "")
+    if not caption:
+        return "caption_empty"
+    pool = prompts("alignment_brief" if len(caption.split()) < BRIEF_WORDS else "alignment_detailed")
+    number = pick(seed, figure.figure_id, 2 * len(pool))
+    prompt = pool[number // 2]
+    return (
+        Turn("user", f"<image>\n{prompt}" if number % 2 else f"{prompt}\n<image>"),
+        Turn("assistant", caption),
+    )

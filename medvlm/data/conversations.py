@@ -1,0 +1,216 @@
+"""From figures to the samples of a training dataset: the join, the drops and the report that all builders share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.resources
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from medvlm.data.modality import modality_of_caption
+from medvlm.data.readers import llava_med
+from medvlm.data.readers.llava_med import Conversation
+from medvlm.data.readers.source import Dropped, file_sha256
+from medvlm.data.tally import Tally
+from medvlm.errors import InputError
+from medvlm.records import Figure, Sample, Turn
+from medvlm.store import Report, Workspace, fingerprint, iterate_records, shard_paths, write_records, write_report
+
+__all__ = [
+    "joined_samples",
+    "language_of",
+    "official_state",
+    "pick",
+    "prompts",
+    "sample_of",
+    "samples_of_figures",
+    "usable_figures",
+    "write_dataset",
+]
+
+
+def usable_figures(folder: Path) -> Iterator[Figure | Dropped]:
+    """Fetched figures in their order, but for retracted and repeated ones.
+
+    Raises:
+        WorkspaceError: Nothing has been fetched, or a shard is damaged.
+    """
+    seen: set[str] = set()
+    for figure in iterate_records(folder, Figure):
+        if figure.retracted:
+            yield Dropped(figure.pmcid, "retracted", figure.figure_id)
+        elif figure.figure_id in seen:
+            yield Dropped(figure.pmcid, "figure_repeated", figure.figure_id)
+        else:
+            seen.add(figure.figure_id)
+            yield figure
+
+
+def samples_of_figures(
+    folder: Path, write: Callable[[Figure], tuple[Turn, ...] | str], *, dataset: str, source: str
+) -> Iterator[Sample | Dropped]:
+    """One sample for each figure for which ``write`` gives turns; it gives a reason where it cannot."""
+    for figure in usable_figures(folder):
+        if isinstance(figure, Dropped):
+            yield figure
+            continue
+        turns = write(figure)
+        if isinstance(turns, str):
+            yield Dropped(figure.pmcid, turns, figure.figure_id)
+        else:
+            yield sample_of(figure, turns, dataset=dataset, source=source)
+
+
+def joined_samples(
+    folder: Path, conversations: Iterable[Conversation | Dropped], *, dataset: str
+) -> Iterator[Sample | Dropped]:
+    """Published conversations with the fetched figures they are about, in the figures' order.
+
+    Args:
+        folder: Shards of figures. Only texts whose figure is there are held in memory.
+        conversations: A figure may have several; from the second on, ``#2``, … ends the sample's id.
+        dataset: Goes into each sample.
+
+    Yields:
+        Samples; ``figure_absent`` for a conversation whose figure was not fetched; and what the
+        reader and ``usable_figures`` dropped. A figure without a conversation is not a loss.
+    """
+    present = _figure_ids(folder)
+    wanted: defaultdict[str, list[Conversation]] = defaultdict(list)
+    for conversation in conversations:
+        if isinstance(conversation, Dropped):
+            yield conversation
+        elif conversation.pair_id in present:
+            wanted[conversation.pair_id].append(conversation)
+        else:
+            yield Dropped("conversation without a fetched figure", "figure_absent", conversation.pair_id)
+    for figure in usable_figures(folder):
+        if isinstance(figure, Dropped):
+            yield figure
+            continue
+        for index, conversation in enumerate(wanted.pop(figure.figure_id, [])):
+            yield sample_of(
+                figure,
+                conversation.turns,
+                dataset=dataset,
+                source="official",
+                suffix=f"#{index + 1}" if index else "",
+                modality=conversation.modality,
+            )
+
+
+def _figure_ids(folder: Path) -> set[str]:
+    ids: set[str] = set()
+    for path in shard_paths(folder):
+        ids.update(pq.read_table(path, columns=["figure_id"])["figure_id"].to_pylist())
+    return ids
+
+
+def sample_of(
+    figure: Figure,
+    turns: tuple[Turn, ...],
+    *,
+    dataset: str,
+    source: str,
+    suffix: str = "",
+    modality: str | None = None,
+) -> Sample:
+    """A sample about a figure; the article is its group, and its licence is the figure's."""
+    return Sample(
+        sample_id=figure.figure_id + suffix,
+        dataset=dataset,
+        image=figure.image,
+        image_sha256=figure.sha256,
+        image_phash=figure.phash,
+        group_id=figure.pmcid,
+        turns=turns,
+        modality=modality or modality_of_caption(figure.caption),
+        language=language_of(turns[-1].text),
+        licence=figure.licence,
+        source=source,
+    )
+
+
+def language_of(text: str) -> Literal["en", "zh"]:
+    """``zh`` where a Chinese character stands in the text, else ``en``."""
+    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+
+
+def write_dataset(
+    workspace: Workspace,
+    name: str,
+    rows: Iterable[Sample | Dropped],
+    *,
+    started: float,
+    details: dict[str, Any],
+    seed: int | None = None,
+) -> Report:
+    """Write a dataset's samples and its report: counts, and every reason for a loss with the first ten.
+
+    Raises:
+        InputError: Not one sample came out; what was built before stays in place.
+    """
+    tally = Tally()
+    write_records(workspace.samples(name), Sample, _counted(name, rows, tally))
+    counts = {"samples": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")}
+    report = Report(
+        step=f"build {name}",
+        counts=counts,
+        details={**tally.details(), **details},
+        seed=seed,
+        fingerprint=fingerprint(*shard_paths(workspace.samples(name))),
+    )
+    return write_report(workspace.dataset(name), report, started=started)
+
+
+def _counted(name: str, rows: Iterable[Sample | Dropped], tally: Tally) -> Iterator[Sample]:
+    for sample in tally.sift(rows):
+        tally.keep(
+            modality=sample.modality,
+            language=sample.language,
+            licence=sample.licence,
+            source=sample.source,
+            turns=str(len(sample.turns)),
+        )
+        yield sample
+    if not tally.kept:
+        reasons = ", ".join(
+            f"{reason}: {lost['count']} (first {lost['first'][0]})"
+            for reason, lost in tally.details()["dropped"].items()
+        )
+        raise InputError(
+            f"no {name} sample came out of {tally.dropped} rows; {reasons or 'there were no figures'}",
+            where=name,
+            hint="check that the figures of this list were fetched and that the text file belongs to them",
+        )
+
+
+@functools.cache
+def prompts(name: str) -> tuple[str, ...]:
+    """The lines of one of our prompt files.
+
+    Args:
+        name: Such as ``alignment_brief``.
+    """
+    text = (importlib.resources.files("medvlm.data") / "prompts" / f"{name}.txt").read_text("utf-8")
+    return tuple(line for line in text.splitlines() if line.strip())
+
+
+def pick(seed: int, key: str, choices: int) -> int:
+    """A number below ``choices`` that depends on seed and key alone, so that other rows never change it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big") % choices
+
+
+def official_state(path: Path) -> dict[str, str]:
+    """SHA-256 of a published file, and whether it is the published content: match, mismatch or unknown."""
+    sha256 = file_sha256(path)
+    known = llava_med.SHA256.get(path.name)
+    if sha256 in llava_med.SHA256.values():
+        return {"file": path.name, "sha256": sha256, "official": "match"}
+    return {"file": path.name, "sha256": sha256, "official": "mismatch" if known else "unknown"}
