@@ -1,0 +1,81 @@
+"""What Dagster loads: every asset described, every contract a blocking check, nothing costly switched on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+import yaml
+
+from medvlm.config import recipe_names
+from medvlm.settings import BENCHMARKS
+from orchestration.definitions import PROJECT_ROOT, defs
+
+
+@pytest.fixture(scope="module")
+def graph() -> dg.AssetGraph:  # type: ignore[name-defined]
+    return defs.resolve_asset_graph()
+
+
+def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> None:
+    def parents(name: str) -> set[str]:
+        return {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}  # type: ignore[attr-defined]
+
+    assert parents("figures") == {"sample_corpus"}
+    assert parents("alignment_dataset") == parents("instruct_dataset") == {"figures"}
+    assert parents("stage1_checkpoint") == {"alignment_dataset"}
+    assert parents("stage2_checkpoint") == {"stage1_checkpoint", "instruct_dataset"}
+    assert parents("stage3_checkpoint") == {"stage2_checkpoint", "benchmark_items"}
+    assert parents("benchmark_predictions") == {"stage3_checkpoint", "benchmark_items"}
+    assert parents("benchmark_scores") == {"benchmark_predictions", "benchmark_items"}
+    assert parents("leaderboard") == {"benchmark_scores"}
+
+
+def test_every_asset_has_a_description_a_group_an_owner_and_kinds(graph: object) -> None:
+    for node in graph.asset_nodes:  # type: ignore[attr-defined]
+        assert node.description, node.key
+        assert node.group_name in {"ingest", "datasets", "training", "benchmarks"}, node.key
+        assert node.owners, node.key
+        assert node.kinds, node.key
+
+
+def test_each_contract_is_a_blocking_check(graph: object) -> None:
+    checks = {key.name: graph.get_check_spec(key) for key in graph.asset_check_keys}  # type: ignore[attr-defined]
+    assert set(checks) == {
+        "figures_contract",
+        "alignment_contract",
+        "instruct_contract",
+        "benchmark_items_contract",
+    }
+    assert all(spec.blocking for spec in checks.values())
+
+
+def test_training_is_partitioned_by_recipe_and_takes_turns(graph: object) -> None:
+    for name in ("stage1_checkpoint", "stage2_checkpoint", "stage3_checkpoint"):
+        node = graph.get(dg.AssetKey(name))  # type: ignore[attr-defined]
+        assert node.partitions_def.get_partition_keys() == recipe_names()
+        assert node.pools == {"gpu"}
+
+
+def test_every_stage_that_an_asset_names_is_in_dvc_yaml() -> None:
+    stages = set(yaml.safe_load((PROJECT_ROOT / "dvc.yaml").read_text("utf-8"))["stages"])
+    assert stages >= {"corpus", "figures", "alignment", "instruct", "benchmark", "recipe", "leaderboard"}
+    assert stages >= {"stage1", "stage2", "stage3", "predict", "score"}
+    assert stages >= {f"contract-{name}" for name in ("figures", "alignment", "instruct", "benchmark-items")}
+    matrix = yaml.safe_load((PROJECT_ROOT / "dvc.yaml").read_text("utf-8"))["stages"]["predict"]["matrix"]
+    assert tuple(matrix["benchmark"]) == BENCHMARKS
+
+
+def test_no_schedule_spends_gpu_hours_unasked() -> None:
+    for schedule in defs.schedules or ():
+        assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+
+
+def test_loading_the_definitions_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "deepspeed", "great_expectations", "streamlit", "dvc", "matplotlib", "pandas")
+    code = f"import sys, orchestration.definitions; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.strip() == "[]"
