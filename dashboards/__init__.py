@@ -1,0 +1,1 @@
+"""The review dashboard: Streamlit pages over ``medvlm.results`` and ``medvlm.review``."""

@@ -1,0 +1,25 @@
+"""The dashboard's entrance: ``streamlit run dashboards/app.py`` with MEDVLM_WORKSPACE set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import streamlit as st
+
+# Not "pages": Streamlit runs the files of a folder of that name by themselves, without this frame,
+# when somebody opens the address of a page right after the server's start.
+VIEWS = Path(__file__).parent / "views"
+
+st.set_page_config(page_title="medvlm", layout="wide", initial_sidebar_state=220)
+chosen = st.navigation(
+    [
+        st.Page(VIEWS / "data.py", title="Data", default=True),
+        st.Page(VIEWS / "runs.py", title="Runs"),
+        st.Page(VIEWS / "benchmarks.py", title="Benchmarks"),
+    ]
+)
+with st.sidebar:
+    st.caption("Workspace")
+    st.text(os.environ.get("MEDVLM_WORKSPACE", "workspace"))
+chosen.run()

@@ -1,0 +1,210 @@
+"""Scores with intervals beside their blind baselines, slices, and the answers that were wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from dashboards.frame import choose_page, empty, escaped, foreign_text, picture, results, show, stamp, tidy
+from medvlm.evaluation.metrics import HEADLINE
+from medvlm.results import Page, Results, score_board
+
+SIGHT, BLIND = "#0f766e", "#9aa5ab"
+ANSWERS_A_PAGE = 5
+
+
+@st.cache_data(max_entries=4, show_spinner="Reading the scores …")
+def _scores(at: str, root: str) -> pd.DataFrame:
+    del at
+    return Results(Path(root)).scores()
+
+
+@st.cache_data(max_entries=64, show_spinner="Reading the answers …")
+def _wrong(at: str, root: str, recipe: str, benchmark: str, offset: int) -> Page:
+    del at
+    return Results(Path(root)).wrong_answers(recipe, benchmark, offset=offset, limit=ANSWERS_A_PAGE)
+
+
+@st.cache_data(max_entries=64, show_spinner="Reading the answers …")
+def _answers(at: str, root: str, recipe: str, benchmark: str, ids: tuple[str, ...]) -> dict[str, str]:
+    del at
+    return Results(Path(root)).answers(recipe, benchmark, ids)
+
+
+def _chart(table: pd.DataFrame) -> alt.LayerChart:
+    scale = alt.Scale(domain=[0, 100])
+    base = alt.Chart(table).encode(
+        y=alt.Y("label:N", sort=list(dict.fromkeys(table["label"])), title=None, axis=alt.Axis(labelLimit=260))
+    )
+    tooltip = [
+        alt.Tooltip("label:N", title="model"),
+        alt.Tooltip("value:Q", title="with the image", format=".1f"),
+        alt.Tooltip("low:Q", title="95 % from", format=".1f"),
+        alt.Tooltip("high:Q", title="to", format=".1f"),
+        alt.Tooltip("blind_value:Q", title="blind", format=".1f"),
+        alt.Tooltip("n:Q", title="questions", format=","),
+    ]
+    link = base.mark_rule(strokeDash=[2, 3], color=BLIND).encode(x=alt.X("blind_value:Q", scale=scale), x2="value:Q")
+    bars = base.mark_rule(strokeWidth=3, color=SIGHT, opacity=0.45).encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
+    key = alt.Scale(domain=["with the image", "blind"], range=[SIGHT, BLIND])
+    shape = alt.Scale(domain=["with the image", "blind"], range=["circle", "diamond"])
+
+    def dots(column: str, name: str) -> alt.Chart:
+        return (
+            base.transform_calculate(what=f"'{name}'")
+            .mark_point(filled=True, size=130, opacity=1)
+            .encode(
+                x=alt.X(f"{column}:Q", scale=scale, title="per cent"),
+                color=alt.Color("what:N", scale=key, title=None, legend=alt.Legend(orient="bottom")),
+                shape=alt.Shape("what:N", scale=shape, title=None),
+                tooltip=tooltip,
+            )
+        )
+
+    layers = link + bars + dots("blind_value", "blind") + dots("value", "with the image")
+    return layers.properties(height=150 + 36 * table["label"].nunique())
+
+
+def _rules(scores: pd.DataFrame) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    kinds = [kind for kind in ("closed", "open") if kind in set(scores["answer_type"])]
+    for cell, kind in zip(st.columns(2, gap="large"), kinds, strict=False):
+        names = list(dict.fromkeys(scores.loc[scores["answer_type"] == kind, "rule"]))
+        first = names.index(HEADLINE[kind]) if HEADLINE[kind] in names else 0
+        chosen[kind] = cell.selectbox(
+            f"Rule for {kind} questions", names, index=first, key=f"rule-{kind}", help="Every rule was scored."
+        )
+    return chosen
+
+
+def _leaderboard(table: pd.DataFrame, benchmark: str) -> None:
+    kinds = [kind for kind in ("closed", "open") if kind in set(table["answer_type"])]
+    for cell, kind in zip(st.columns(2, gap="large"), kinds, strict=False):
+        part = table[table["answer_type"] == kind]
+        with cell:
+            st.subheader(f"{kind.capitalize()} questions", anchor=False)
+            st.altair_chart(_chart(part), alt=f"{kind} scores with intervals and blind baselines")
+            interval = [
+                f"{low:.1f} to {high:.1f}" if pd.notna(low) else ""
+                for low, high in zip(part["low"], part["high"], strict=True)
+            ]
+            shown = part.assign(interval=interval)[["label", "value", "interval", "blind_value", "gain", "n"]]
+            st.dataframe(shown, hide_index=True, column_config=_columns())
+    st.download_button(
+        "Download as CSV",
+        table.drop(columns="label").to_csv(index=False),
+        file_name=f"{benchmark}-scores.csv",
+        mime="text/csv",
+        on_click="ignore",
+    )
+
+
+def _columns() -> dict[str, Any]:
+    def number(title: str, text: str = "") -> Any:
+        return st.column_config.NumberColumn(title, format="%.1f", width=60, help=text or None)
+
+    return {
+        "label": st.column_config.TextColumn("Model"),
+        "value": number("Score", "Per cent, with the image"),
+        "interval": st.column_config.TextColumn("95 % interval", width=95, alignment="right"),
+        "blind_value": number("Blind", "The same model, each image replaced by the mean image"),
+        "gain": st.column_config.NumberColumn("Gain", format="%+.1f", width=60, help="Score less blind, in points"),
+        "n": st.column_config.NumberColumn("Questions", format="localized", width=75),
+    }
+
+
+def _slices(scores: pd.DataFrame, rules: dict[str, str]) -> None:
+    part = scores[
+        (scores["slice"] != "all") & ~scores["blind"] & (scores["rule"] == scores["answer_type"].map(rules))
+    ].copy()
+    if part.empty:
+        return
+    part[["field", "is"]] = part["slice"].str.split("=", n=1, expand=True)
+    st.subheader("By slice", anchor=False)
+    fields = list(dict.fromkeys(part["field"]))
+    with st.container(horizontal=True):
+        field = st.segmented_control(
+            "By", fields, default=fields[0], required=True, format_func=tidy, key="slice-field"
+        )
+        kinds = [kind for kind in ("closed", "open") if kind in set(part["answer_type"])]
+        kind = st.segmented_control("Questions", kinds, default=kinds[0], required=True, key="slice-kind")
+    part = part[(part["field"] == field) & (part["answer_type"] == kind)]
+    # The slices with most questions first: the small ones at the end are mostly noise.
+    order = part.groupby("is")["n"].max().sort_values(ascending=False, kind="stable").index.to_list()[:25]
+    part = part[part["is"].isin(order)].assign(name=lambda t: t["is"].map(tidy) + " (" + t["n"].astype(str) + ")")
+    names = [name for value in order for name in part.loc[part["is"] == value, "name"].unique()]
+    base = alt.Chart(part).encode(
+        y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=260)),
+        yOffset=alt.YOffset("model:N"),
+        color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
+    )
+    bars = base.mark_bar(cornerRadiusEnd=2).encode(
+        x=alt.X("value:Q", title="per cent", scale=alt.Scale(domain=[0, 100])),
+        tooltip=["model:N", alt.Tooltip("name:N", title="slice"), alt.Tooltip("value:Q", format=".1f"), "n:Q"],
+    )
+    height = 110 + (16 + 14 * part["model"].nunique()) * len(names)
+    st.altair_chart(bars.properties(height=height), alt=f"Scores by {tidy(str(field))}")
+
+
+def _wrong_answers(benchmark: str, models: list[str]) -> None:
+    st.subheader("Wrong answers", anchor=False)
+    left, right = st.columns(2)
+    first = left.selectbox("Of the model", models, key="wrong-model")
+    others = [model for model in models if model != first]
+    second = right.selectbox("Beside", ["none", *others], index=min(1, len(others)), key="wrong-beside")
+    root, at, key = str(results().workspace.root), stamp(), f"wrong-{benchmark}-{first}"
+    offset = (int(st.session_state.get(key, 1)) - 1) * ANSWERS_A_PAGE
+    page = _wrong(at, root, first, benchmark, offset)
+    if not page.total:
+        st.info("No wrong answers are listed for this model.")
+        return
+    ids = tuple(str(row["item_id"]) for row in page.rows)
+    given = _answers(at, root, first, benchmark, ids)
+    beside = _answers(at, root, second, benchmark, ids) if second != "none" else {}
+    for row in page.rows:
+        _wrong_answer(row, first, given.get(str(row["item_id"])), second, beside.get(str(row["item_id"])))
+    choose_page(page.total, ANSWERS_A_PAGE, key=key)
+
+
+def _wrong_answer(row: dict[str, Any], first: str, given: str | None, second: str, beside: str | None) -> None:
+    with st.container(border=True):
+        image, words = st.columns([1, 4], gap="medium")
+        with image:
+            if "image" in row:
+                picture(row["image"]["bytes"], max_px=320, alt=str(row["item_id"]))
+        with words.container(gap="small"):
+            facts = [row["item_id"], *(row.get(name) for name in ("answer_type", "question_type", "modality", "organ"))]
+            st.caption(escaped(" · ".join(tidy(str(fact)) for fact in facts if fact)))
+            foreign_text(row.get("question", ""))
+            columns = st.columns(3 if beside is not None else 2)
+            shown = [("Right answer", row.get("answer", "")), (first, given or str(row.get("text", "")))]
+            shown += [(second, beside)] if beside is not None else []
+            for column, (who, text) in zip(columns, shown, strict=True):
+                with column.container(gap="xxsmall"):
+                    st.caption(escaped(who))
+                    foreign_text(text or "(nothing)", limit=600)
+
+
+def body() -> None:
+    """Leaderboard of one benchmark, its slices and its wrong answers."""
+    scores = _scores(stamp(), str(results().workspace.root))
+    if scores.empty:
+        empty("No benchmark has been scored yet.")
+        return
+    names = sorted(scores["benchmark"].unique())
+    benchmark = st.segmented_control(
+        "Benchmark", names, default=names[0], required=True, key="benchmark", bind="query-params"
+    )
+    part = scores[scores["benchmark"] == benchmark]
+    rules = _rules(part)
+    table = score_board(part, rules)
+    _leaderboard(table, str(benchmark))
+    _slices(part, rules)
+    _wrong_answers(str(benchmark), list(dict.fromkeys(table["model"])))
+
+
+show("Benchmarks", "Scores with 95 % intervals beside the same model without the image, and where it goes wrong.", body)

@@ -1,0 +1,286 @@
+"""What was fetched, what the contracts say about it, and the pictures themselves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from dashboards.frame import (
+    choose_page,
+    count,
+    empty,
+    escaped,
+    foreign_text,
+    page_of,
+    picture,
+    results,
+    show,
+    stamp,
+    tidy,
+    turns_of,
+)
+from medvlm.results import ContractResult, Results, Source
+
+PICTURES_A_PAGE = 12
+OK, LOST = "#0f766e", "#c2570c"
+
+
+@st.cache_data(max_entries=8, show_spinner="Reading the fetch outcomes …")
+def _outcomes(at: str, root: str) -> pd.DataFrame:
+    del at
+    return Results(Path(root)).fetch_outcomes()
+
+
+@st.cache_data(max_entries=64, show_spinner="Counting …")
+def _facet(at: str, root: str, source: str, column: str) -> pd.DataFrame:
+    del at
+    table = Results(Path(root)).source(source)
+    return table.facet(column) if table else pd.DataFrame(columns=["value", "rows"])
+
+
+@st.cache_data(max_entries=32, show_spinner="Measuring the texts …")
+def _lengths(at: str, root: str, source: str) -> pd.DataFrame:
+    del at
+    table = Results(Path(root)).source(source)
+    return table.text_lengths() if table else pd.DataFrame(columns=["characters", "width", "rows"])
+
+
+def _bars(table: pd.DataFrame, value: str, colour: alt.Color | alt.ColorValue, title: str) -> alt.LayerChart:
+    base = alt.Chart(table).encode(
+        y=alt.Y(f"{value}:N", sort=None, title=None, axis=alt.Axis(labelLimit=240, ticks=False, domain=False)),
+        x=alt.X("rows:Q", title=None, axis=None),
+        tooltip=[alt.Tooltip(f"{value}:N", title=title), alt.Tooltip("rows:Q", title="rows", format=",")],
+    )
+    numbers = base.mark_text(align="left", dx=5, fontSize=12).encode(text=alt.Text("rows:Q", format=","))
+    return (base.mark_bar(cornerRadiusEnd=3, height={"band": 0.68}).encode(color=colour) + numbers).properties(
+        height=max(60, 30 * len(table))
+    )
+
+
+def fetch_section() -> None:
+    """One bar for each status, and the rows behind the one that is chosen."""
+    reader, root = results(), str(results().workspace.root)
+    outcomes = _outcomes(stamp(), root)
+    if outcomes.empty:
+        empty("Nothing has been fetched yet.")
+        return
+    rows, kept = int(outcomes["rows"].sum()), int(outcomes.loc[outcomes["status"] == "ok", "rows"].sum())
+    report = reader.fetch_report()
+    with st.container(horizontal=True):
+        st.metric("Rows in the list", count(rows), border=True, height="stretch")
+        st.metric(
+            "Figures kept",
+            count(kept),
+            f"{kept / rows:.1%} of the rows",
+            "off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+        )
+        st.metric("Lost, with a reason", count(rows - kept), border=True, height="stretch")
+        st.metric("Read", count(float(outcomes["bytes"].sum()), "B"), border=True, height="stretch")
+        if report:
+            st.metric("Duration", f"{report.duration_s:,.1f} s", border=True, height="stretch")
+    left, right = st.columns([2, 3], gap="large")
+    with left:
+        st.subheader("Outcome of each row", anchor=False)
+        table = outcomes.assign(what=outcomes["status"].map(tidy))
+        colour = alt.condition("datum.status == 'ok'", alt.value(OK), alt.value(LOST))
+        st.altair_chart(_bars(table, "what", colour, "outcome"), alt="Rows by fetch outcome")
+    with right:
+        st.subheader("Rows that were lost", anchor=False)
+        lost = [status for status in outcomes["status"] if status != "ok"]
+        if not lost:
+            st.success("Every row became a figure.")
+            return
+        status = st.selectbox("Reason", lost, format_func=tidy, key="fetch_status")
+        total = int(outcomes.loc[outcomes["status"] == status, "rows"].iloc[0])
+        first = choose_page(total, 50, key="fetch_page")
+        st.dataframe(
+            reader.fetch_rows(status, offset=first),
+            hide_index=True,
+            column_config={
+                "row": st.column_config.NumberColumn("Line", width="small"),
+                "pmcid": st.column_config.TextColumn("Article"),
+                "detail": st.column_config.TextColumn("Detail"),
+                "attempts": st.column_config.NumberColumn("Tries", width="small"),
+                "seconds": st.column_config.NumberColumn("Seconds", format="%.2f", width="small"),
+                "licence": st.column_config.TextColumn("Licence"),
+            },
+        )
+
+
+def contract_section() -> None:
+    """Every contract with its checks; broken ones first and open."""
+    contracts = results().contracts()
+    if not contracts:
+        empty("No contract has been checked yet.")
+        return
+    broken = [contract for contract in contracts if not contract.success]
+    with st.container(horizontal=True):
+        st.metric("Contracts", len(contracts), border=True, height="stretch")
+        st.metric("Held", len(contracts) - len(broken), border=True, height="stretch")
+        st.metric("Broken", len(broken), border=True, height="stretch")
+        st.metric("Rows in quarantine", count(sum(c.quarantined for c in contracts)), border=True, height="stretch")
+    for contract in contracts:
+        _contract(contract)
+
+
+def _contract(contract: ContractResult) -> None:
+    broken = f":red[**✗ broken**: {len(contract.failed)} of {len(contract.checks)} checks]"
+    state = ":green[✓ held]" if contract.success else broken
+    age = _age(contract.checked_at)
+    label = f"**{escaped(contract.name)}** · {state} · {contract.rows:,} rows · checked {age}"
+    with st.expander(label, expanded=not contract.success):
+        st.dataframe(
+            pd.DataFrame(
+                {
+                    "": ["✓" if check.success else "✗" for check in contract.checks],
+                    "Rule": [check.rule or tidy(check.name) for check in contract.checks],
+                    "Seen": [check.observed for check in contract.checks],
+                    "Allowed": [check.expected for check in contract.checks],
+                    "Broken rows": [check.broken_rows for check in contract.checks],
+                    "Examples": ["; ".join(check.examples[:3]) for check in contract.checks],
+                }
+            ),
+            hide_index=True,
+            column_config={
+                "": st.column_config.TextColumn(width=36),
+                "Rule": st.column_config.TextColumn(width="large"),
+                "Seen": st.column_config.TextColumn(width="small", alignment="right"),
+                "Allowed": st.column_config.TextColumn(width="small", alignment="right"),
+                "Broken rows": st.column_config.NumberColumn(width="small", format="localized"),
+            },
+        )
+        if contract.quarantined:
+            _quarantine(contract)
+
+
+def _quarantine(contract: ContractResult) -> None:
+    st.markdown(f"**Quarantine** · {contract.quarantined:,} rows")
+    rules = ["every rule", *dict.fromkeys(check.name for check in contract.checks if check.broken_rows)]
+    rule = st.selectbox("Rule", rules, format_func=tidy, key=f"rule-{contract.name}")
+    chosen = "" if rule == "every rule" else rule
+    total = results().quarantine(contract.name, rule=chosen, limit=1).total
+    first = choose_page(total, 50, key=f"quarantine-{contract.name}")
+    page = results().quarantine(contract.name, rule=chosen, offset=first)
+    st.dataframe(
+        pd.DataFrame(page.rows, columns=["rule", "row_id", "value"]),
+        hide_index=True,
+        column_config={
+            "rule": st.column_config.TextColumn("Rule"),
+            "row_id": st.column_config.TextColumn("Row"),
+            "value": st.column_config.TextColumn("Offending value", width="large"),
+        },
+    )
+
+
+def _age(then: float) -> str:
+    seconds = max(0, time.time() - then)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now" if seconds < 60 else "a minute ago"
+
+
+def picture_section() -> None:
+    """The rows of one table as cards, chosen by facet and by words."""
+    reader, root, at = results(), str(results().workspace.root), stamp()
+    sources = {source.name: source for source in reader.sources()}
+    if not sources:
+        empty("There are no pictures yet.")
+        return
+    top = st.columns([2, 3])
+    name = top[0].selectbox(
+        "Table",
+        list(sources),
+        format_func=lambda n: f"{n} · {sources[n].rows:,} rows",
+        key="table",
+        bind="query-params",
+    )
+    search = top[1].text_input(
+        "Search in the text", key="search", placeholder="a word of the caption, question or answer"
+    )
+    source = sources[name]
+    where: list[tuple[str, tuple[str, ...]]] = []
+    with st.container(horizontal=True):
+        for column in source.facets:
+            values = _facet(at, root, name, column)
+            if len(values) > 1:
+                picked = st.multiselect(tidy(column).capitalize(), list(values["value"]), key=f"{name}-{column}")
+                where.append((column, tuple(picked)))
+    offset_key = f"page-{name}"
+    chosen = st.session_state.get(offset_key, 1)
+    page = page_of(at, root, name, tuple(where), search, offset=(chosen - 1) * PICTURES_A_PAGE, limit=PICTURES_A_PAGE)
+    if page.total and not page.rows:
+        # The filter left fewer pages than the one that was open.
+        st.session_state[offset_key] = 1
+        page = page_of(at, root, name, tuple(where), search, limit=PICTURES_A_PAGE)
+    if not page.rows:
+        st.info("No row fits. Take a filter or a word away.")
+        return
+    for start in range(0, len(page.rows), 4):
+        for cell, row in zip(st.columns(4), page.rows[start : start + 4], strict=False):
+            with cell.container(border=True, height="stretch"):
+                _card(row, source)
+    choose_page(page.total, PICTURES_A_PAGE, key=offset_key)
+    _distributions(source, at, root)
+
+
+def _card(row: dict, source: Source) -> None:
+    picture(row["image"]["bytes"], alt=str(row[source.key]))
+    for speaker, text in turns_of(row, source)[:4]:
+        if speaker not in ("caption", "mention"):
+            st.caption(speaker)
+        foreign_text(text.removeprefix("<image>\n"), limit=320)
+        if speaker == "caption":
+            break
+    facts = [str(row[column]) for column in ("licence", "modality", "split", "answer_type") if row.get(column)]
+    st.caption(escaped(" · ".join([str(row[source.key]), *map(tidy, facts)])))
+
+
+def _distributions(source: Source, at: str, root: str) -> None:
+    st.subheader("Distributions", anchor=False)
+    lengths = _lengths(at, root, source.name)
+    tables = [(column, _facet(at, root, source.name, column)) for column in source.facets]
+    shown = [(column, table) for column, table in tables if len(table) > 1][:2]
+    for cell, (column, table) in zip(st.columns(3, gap="large"), [*shown, ("length", lengths)], strict=False):
+        with cell:
+            if column == "length":
+                st.markdown("**Text length**, characters")
+                bars = alt.Chart(lengths.assign(end=lengths["characters"] + lengths["width"])).mark_bar(color=OK)
+                chart = bars.encode(
+                    x=alt.X("characters:Q", title=None, bin="binned"),
+                    x2="end:Q",
+                    y=alt.Y("rows:Q", title=None),
+                    tooltip=[alt.Tooltip("characters:Q", title="from"), alt.Tooltip("rows:Q", format=",")],
+                )
+                st.altair_chart(chart.properties(height=220), alt="Histogram of text lengths")
+            else:
+                st.markdown(f"**{tidy(column).capitalize()}**, rows")
+                chart = _bars(table.head(8), "value", alt.value(OK), tidy(column))
+                st.altair_chart(chart, alt=f"Rows by {tidy(column)}")
+
+
+SECTIONS = {"Fetch": fetch_section, "Contracts": contract_section, "Pictures": picture_section}
+
+
+def body() -> None:
+    """The chosen section; only that one is read."""
+    section = st.segmented_control(
+        "Section",
+        list(SECTIONS),
+        default="Fetch",
+        required=True,
+        key="section",
+        label_visibility="collapsed",
+        bind="query-params",
+    )
+    SECTIONS[section]()
+
+
+show("Data", "What was fetched, what the contracts say about it, and the pictures with their words.", body)

@@ -1,0 +1,281 @@
+"""What the pipeline has made, as the dashboards read it: counts, pages of rows, curves and scores.
+
+The only door between the dashboards and the workspace. Everything here reads, and reads what is
+there: a step that has not run yet is an empty answer, never an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from medvlm.store import Report, Workspace, read_json, read_report
+from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
+
+__all__ = ["Check", "ContractResult", "Curve", "Page", "Results", "Source", "score_board", "thumbnail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of a contract and what was seen."""
+
+    name: str
+    rule: str
+    success: bool
+    observed: str
+    expected: str
+    broken_rows: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ContractResult:
+    """The last verdict on one dataset."""
+
+    name: str
+    success: bool
+    rows: int
+    checks: tuple[Check, ...]
+    quarantined: int
+    checked_at: float
+    """Seconds since the epoch."""
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that do not hold."""
+        return tuple(check for check in self.checks if not check.success)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The course of one training run."""
+
+    recipe: str
+    stage: int
+    target: str
+    """The benchmark a stage was run for; empty where it makes one model for all."""
+    report: Report
+    points: pd.DataFrame
+    """``step`` and ``loss``, and whatever else the run wrote down at each step."""
+
+    @property
+    def name(self) -> str:
+        """The run's label on every page."""
+        return f"{self.recipe} · stage {self.stage}" + (f" · {self.target}" if self.target else "")
+
+
+class Results:
+    """Reads one workspace.
+
+    Args:
+        root: The workspace's folder. It need not exist: everything is empty then.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.workspace = Workspace(root)
+
+    def stamp(self) -> str:
+        """A hash that changes when a step has replaced its output; stats a few dozen files.
+
+        Pages cache what they read under it.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self._watched()):
+            stat = path.stat()
+            digest.update(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}\0{stat.st_ino}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _watched(self) -> Iterator[Path]:
+        workspace = self.workspace
+        for folder in (
+            workspace.figures,
+            workspace.dataset("_").parent,
+            workspace.benchmark("_").parent,
+            workspace.contract("_").parent,
+            workspace.stage("_", 1).parent.parent,
+            workspace.predictions("_", "_").parent.parent,
+            workspace.scores("_", "_").parent.parent,
+            workspace.leaderboard,
+        ):
+            for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
+                yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".parquet"))
+
+    # ---------------------------------------------------------------- sources and their rows
+
+    def sources(self) -> list[Source]:
+        """Every table of pictures that exists: figures, then datasets, then benchmarks."""
+        workspace = self.workspace
+        folders: list[tuple[str, Path]] = [("figures", workspace.figure_shards)]
+        folders += [(name, workspace.samples(name)) for name in _names(workspace.dataset("_").parent)]
+        folders += [(f"benchmark/{name}", workspace.items(name)) for name in _names(workspace.benchmark("_").parent)]
+        return [source for name, folder in folders if (source := open_source(name, folder))]
+
+    def source(self, name: str) -> Source | None:
+        """One table of pictures by its name; None if it does not exist."""
+        return next((source for source in self.sources() if source.name == name), None)
+
+    # ---------------------------------------------------------------- fetch
+
+    def fetch_outcomes(self) -> pd.DataFrame:
+        """``status``, ``rows`` and ``bytes`` of the last fetch, the most frequent status first; empty before one."""
+        if not self.workspace.fetch_outcomes.is_dir():
+            return pd.DataFrame(columns=["status", "rows", "bytes"])
+        sql = (
+            "SELECT status, count(*) AS rows, sum(bytes_read)::BIGINT AS bytes FROM rows GROUP BY 1 ORDER BY 2 DESC, 1"
+        )
+        return query(self.workspace.fetch_outcomes, sql)
+
+    def fetch_rows(self, status: str, *, offset: int = 0, limit: int = 50) -> pd.DataFrame:
+        """The input rows that ended with a status, in the order of the list."""
+        sql = (
+            "SELECT row, pmcid, detail, attempts, seconds, licence FROM rows WHERE status = $status ORDER BY row "
+            "LIMIT $limit OFFSET $offset"
+        )
+        return query(self.workspace.fetch_outcomes, sql, {"status": status, "limit": limit, "offset": offset})
+
+    def fetch_report(self) -> Report | None:
+        """What the last fetch said about itself."""
+        return read_report(self.workspace.figures)
+
+    # ---------------------------------------------------------------- contracts
+
+    def contracts(self) -> list[ContractResult]:
+        """Each contract's last verdict: broken ones first, then by name."""
+        results = [self._contract(name) for name in _names(self.workspace.contract("_").parent)]
+        return sorted((r for r in results if r), key=lambda r: (r.success, r.name))
+
+    def _contract(self, name: str) -> ContractResult | None:
+        folder = self.workspace.contract(name)
+        path = folder / "result.json"
+        if not path.exists():
+            return None
+        result = read_json(path)
+        quarantine = folder / "quarantine.parquet"
+        return ContractResult(
+            name=str(result.get("contract", name)),
+            success=bool(result["success"]),
+            rows=int(result.get("rows", 0)),
+            checks=tuple(_check(check) for check in result.get("checks", [])),
+            quarantined=pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
+            checked_at=path.stat().st_mtime,
+        )
+
+    def quarantine(self, contract: str, *, rule: str = "", offset: int = 0, limit: int = 50) -> Page:
+        """Rows that broke a rule of a contract, of every rule or of one."""
+        path = self.workspace.contract(contract) / "quarantine.parquet"
+        if not path.exists():
+            return Page(0, [])
+        clause, parameters = ("WHERE rule = $rule", {"rule": rule}) if rule else ("", {})
+        total = number(path, f"SELECT count(*) FROM rows {clause}", parameters)  # noqa: S608  # fixed texts
+        sql = f"SELECT rule, row_id, value FROM rows {clause} LIMIT $limit OFFSET $offset"  # noqa: S608
+        rows = query(path, sql, {**parameters, "limit": limit, "offset": offset})
+        return Page(total, dicts(rows))
+
+    # ---------------------------------------------------------------- runs
+
+    def curves(self) -> list[Curve]:
+        """Every finished training run with its loss curve, by recipe, stage and target."""
+        curves: list[Curve] = []
+        for recipe in _names(self.workspace.stage("_", 1).parent.parent):
+            for stage in (1, 2, 3):
+                report = read_report(self.workspace.stage(recipe, stage))
+                for target, points in _curves_of(report):
+                    assert report is not None
+                    curves.append(Curve(recipe, stage, target, report, points))
+        return curves
+
+    # ---------------------------------------------------------------- scores
+
+    def scores(self) -> pd.DataFrame:
+        """Every ``Score`` of every recipe and benchmark, one row each; empty before the first."""
+        files = sorted(self.workspace.scores("_", "_").parent.parent.glob("*/*/scores/scores.parquet"))
+        return query(files, "SELECT * EXCLUDE (filename, file_row_number) FROM rows") if files else pd.DataFrame()
+
+    def wrong_answers(self, recipe: str, benchmark: str, *, offset: int = 0, limit: int = 10) -> Page:
+        """Answers that the score counts as wrong, with question, right answer and image of each item."""
+        path = self.workspace.scores(recipe, benchmark) / "scores" / "wrong_answers.parquet"
+        source = self.source(f"benchmark/{benchmark}")
+        if not path.exists() or source is None:
+            return Page(0, [])
+        total = pq.read_metadata(path).num_rows
+        sql = "SELECT * EXCLUDE (filename, file_row_number) FROM rows LIMIT $limit OFFSET $offset"
+        wrong = dicts(query(path, sql, {"limit": limit, "offset": offset}))
+        items = source.by_id([str(row["item_id"]) for row in wrong])
+        return Page(total, [{**items.get(str(row["item_id"]), {}), **row} for row in wrong])
+
+    def answers(self, recipe: str, benchmark: str, ids: Sequence[str]) -> dict[str, str]:
+        """What a recipe's model answered, with the image, to some items of a benchmark."""
+        folder = self.workspace.predictions(recipe, benchmark) / "answers"
+        if not folder.is_dir() or not ids:
+            return {}
+        sql = "SELECT item_id, text FROM rows WHERE NOT blind AND list_contains($ids, item_id)"
+        return {str(row["item_id"]): str(row["text"]) for row in dicts(query(folder, sql, {"ids": list(ids)}))}
+
+    def leaderboard(self) -> list[dict[str, Any]]:
+        """The rows of the leaderboard, published numbers beside ours; empty before it was made."""
+        path = self.workspace.leaderboard / "rows.json"
+        return read_json(path) if path.exists() else []
+
+
+def score_board(scores: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
+    """One row a model, stage and answer type: value and interval with the image, and the blind value.
+
+    Args:
+        scores: Rows of one benchmark, as ``Results.scores`` gives them.
+        rules: Answer type → rule.
+
+    Returns:
+        The columns of ``Score`` and ``blind_value``, ``gain`` (points above blind) and ``label`` (the
+        model, with its stage where it has several), the best first.
+    """
+    frame: Any = scores  # pandas ships no types that strict checking can follow
+    whole: Any = frame[(frame["slice"] == "all") & (frame["rule"] == frame["answer_type"].map(dict(rules)))]
+    keys = ["model", "stage", "answer_type"]
+    blind = whole[whole["blind"]][[*keys, "value"]].rename(columns={"value": "blind_value"})
+    board: Any = whole[~whole["blind"]].merge(blind, on=keys, how="left")
+    board["gain"] = board["value"] - board["blind_value"]
+    several = board.groupby("model")["stage"].transform("nunique") > 1
+    board["label"] = board["model"].where(~several, board["model"] + " · " + board["stage"])
+    return board.sort_values("value", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _names(folder: Path) -> list[str]:
+    """Sub-folders that a step made; temporary ones begin with a dot."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _check(check: Mapping[str, Any]) -> Check:
+    return Check(
+        name=str(check["name"]),
+        rule=str(check.get("rule", "")),
+        success=bool(check["success"]),
+        observed=_shown(check.get("observed")),
+        expected=_shown(check.get("expected")),
+        broken_rows=int(check.get("broken_rows") or 0),
+        examples=tuple(_shown(example) for example in check.get("examples") or ()),
+    )
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _curves_of(report: Report | None) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Target and curve of each model that a stage trained."""
+    if report is None:
+        return
+    details = report.details
+    if details.get("loss_curve"):
+        yield str(details.get("target") or ""), pd.DataFrame(details["loss_curve"])
+    for target, part in {**details.get("targets", {}), **details.get("loss_curves", {})}.items():
+        points = part.get("loss_curve") if isinstance(part, Mapping) else part
+        if points:
+            yield str(target), pd.DataFrame(points)

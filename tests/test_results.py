@@ -1,0 +1,249 @@
+"""What the dashboards read: pages of big tables, tolerant of what is missing, clear about what is broken."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image as Picture
+
+from medvlm.errors import InputError, WorkspaceError
+from medvlm.records import Image, Sample, Turn, VQAItem, schema_of
+from medvlm.results import Results, score_board, thumbnail
+from medvlm.store import Report, Workspace, write_json, write_records, write_report
+
+
+def sample(n: int, **changes: object) -> Sample:
+    values: dict = {
+        "sample_id": f"s{n:06d}",
+        "dataset": "instruct",
+        "image": Image(b"bytes of image %d" % n, f"{n}.png"),
+        "image_sha256": "",
+        "image_phash": "",
+        "group_id": f"g{n}",
+        "turns": (Turn("user", "<image>\nWhat?"), Turn("assistant", f"Finding {n}")),
+        "modality": ("ct", "mri")[n % 2],
+        "language": "en",
+        "licence": "CC BY",
+        "source": "caption",
+    }
+    return Sample(**{**values, **changes})
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(tmp_path)
+    # Small shards, so that pages cross their borders.
+    write_records(workspace.samples("instruct"), Sample, (sample(n) for n in range(100)), shard_bytes=1)
+    return workspace
+
+
+def test_an_empty_workspace_is_empty_everywhere(tmp_path: Path) -> None:
+    results = Results(tmp_path / "absent")
+    assert results.sources() == []
+    assert results.fetch_outcomes().empty
+    assert results.contracts() == []
+    assert results.quarantine("figures").total == 0
+    assert results.curves() == []
+    assert results.scores().empty
+    assert results.wrong_answers("r", "b").rows == []
+    assert results.answers("r", "b", ["1"]) == {}
+    assert results.leaderboard() == []
+    assert not (tmp_path / "absent").exists()
+
+
+def test_pages_follow_the_order_of_the_files_and_bring_each_row_its_own_image(workspace: Workspace) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None and source.rows == 100
+    seen = []
+    for offset in range(0, 100, 30):
+        page = source.page(offset=offset, limit=30)
+        assert page.total == 100
+        seen += page.rows
+    assert [row["sample_id"] for row in seen] == [f"s{n:06d}" for n in range(100)]
+    assert all(row["image"]["bytes"] == b"bytes of image %d" % n for n, row in enumerate(seen))
+
+
+def test_filters_and_search_meet(workspace: Workspace) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None
+    page = source.page(where={"modality": ["mri"]}, search="finding 9")
+    assert [row["sample_id"] for row in page.rows] == ["s000009", "s000091", "s000093", "s000095", "s000097", "s000099"]
+    assert source.page(where={"modality": []}).total == 100
+    assert source.facet("modality").to_dict("list") == {"value": ["ct", "mri"], "rows": [50, 50]}
+
+
+@pytest.mark.parametrize("search", ["'", '"; DROP TABLE rows; --', "%", "\\", "$search", "𝄞"])
+def test_a_search_is_a_value_and_never_part_of_the_query(workspace: Workspace, search: str) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None
+    assert source.page(search=search).total == 0
+
+
+def test_only_facets_can_be_chosen(workspace: Workspace) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None
+    with pytest.raises(ValueError, match="is not one of"):
+        source.page(where={"1=1) --": ["x"]})
+    with pytest.raises(ValueError, match="is not one of"):
+        source.facet("image")
+
+
+def test_a_drawn_order_is_the_same_for_everyone_with_the_seed(workspace: Workspace) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None
+    assert source.ids(seed=1) == source.ids(seed=1) != source.ids(seed=2)
+    assert sorted(source.ids(seed=1)) == [f"s{n:06d}" for n in range(100)]
+    assert set(source.by_id(["s000003", "s000077", "none"])) == {"s000003", "s000077"}
+
+
+def test_text_lengths_count_every_row_once(workspace: Workspace) -> None:
+    source = Results(workspace.root).source("instruct")
+    assert source is not None
+    lengths = source.text_lengths()
+    assert lengths["rows"].sum() == 100
+    assert lengths["characters"].is_monotonic_increasing
+
+
+def test_the_stamp_changes_when_a_step_replaced_its_output(workspace: Workspace) -> None:
+    results = Results(workspace.root)
+    before = results.stamp()
+    assert results.stamp() == before
+    write_records(workspace.samples("instruct"), Sample, [sample(1)])
+    assert results.stamp() != before
+
+
+def test_a_damaged_shard_is_named_with_the_next_step(workspace: Workspace) -> None:
+    shard = sorted(workspace.samples("instruct").glob("*.parquet"))[0]
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(WorkspaceError, match="cannot be read") as caught:
+        Results(workspace.root).sources()
+    assert "dvc checkout" in caught.value.hint
+
+
+def test_a_shard_of_another_version_is_an_error_and_not_a_crash(workspace: Workspace) -> None:
+    folder = workspace.samples("other")
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"sample_id": ["a"], "mood": ["good"]}), folder / "part-00000.parquet")
+    source = Results(workspace.root).source("other")
+    assert source is not None
+    with pytest.raises(WorkspaceError, match="cannot be read"):
+        source.facet("modality")
+
+
+def test_contracts_come_broken_first(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    check = {"name": "c", "rule": "r", "success": True, "observed": 0.98765, "expected": None, "broken_rows": 0}
+    for name, success in (("a", True), ("b", False)):
+        result = {"contract": name, "success": success, "checks": [{**check, "success": success}], "rows": 7}
+        write_json(workspace.contract(name) / "result.json", result)
+    contracts = Results(tmp_path).contracts()
+    assert [contract.name for contract in contracts] == ["b", "a"]
+    assert [check.name for check in contracts[0].failed] == ["c"]
+    assert (contracts[1].checks[0].observed, contracts[1].checks[0].expected) == ("0.9877", "")
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"targets": {"slake": {"loss_curve": [{"step": 1, "loss": 2.0}]}, "vqa-rad": {"loss_curve": []}}},
+        {"loss_curves": {"slake": [{"step": 1, "loss": 2.0}]}},
+    ],
+)
+def test_a_stage_with_a_model_for_each_benchmark_has_a_curve_for_each(tmp_path: Path, details: dict) -> None:
+    write_report(Workspace(tmp_path).stage("tiny", 3), Report("train", details=details), started=time.monotonic())
+    (curve,) = Results(tmp_path).curves()
+    assert curve.name == "tiny · stage 3 · slake"
+    assert curve.points["loss"].to_list() == [2.0]
+
+
+def test_the_board_joins_the_blind_score_and_tells_stages_apart() -> None:
+    columns = {"slice": "all", "answer_type": "closed", "rule": "r", "low": None, "high": None, "n": 4}
+    rows = [("a", "2", False, 50.0), ("a", "3", False, 70.0), ("a", "3", True, 40.0), ("b", "3", False, 60.0)]
+    scores = pd.DataFrame([{"model": m, "stage": s, "blind": b, "value": v, **columns} for m, s, b, v in rows])
+    scores = pd.concat([scores, scores.assign(slice="modality=ct", value=0.0), scores.assign(rule="other", value=99.0)])
+    board = score_board(scores, {"closed": "r"})
+    assert board["label"].to_list() == ["a · 3", "b", "a · 2"]
+    assert board["gain"].isna().to_list() == [False, True, True]
+    assert board["gain"][0] == 30
+
+
+def test_wrong_answers_bring_the_item_and_its_image(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    image = Image(b"picture", "a.png")
+    item = VQAItem(
+        "q7", "slake", "test", image, "a", "", "", "Is it?", "yes", "closed", False, "presence", "ct", "lung", "en"
+    )
+    write_records(workspace.items("slake"), VQAItem, [item])
+    folder = workspace.scores("tiny", "slake") / "scores"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"item_id": ["q7"], "text": ["no"]}), folder / "wrong_answers.parquet")
+    (row,) = Results(tmp_path).wrong_answers("tiny", "slake").rows
+    assert (row["question"], row["answer"], row["text"], row["image"]["bytes"]) == ("Is it?", "yes", "no", b"picture")
+
+
+def test_thumbnails_fit_and_keep_16_bit_greys() -> None:
+    out = io.BytesIO()
+    Picture.fromarray(np.linspace(0, 65535, 600 * 300, dtype=np.uint16).reshape(300, 600)).save(out, "PNG")
+    small = Picture.open(io.BytesIO(thumbnail(out.getvalue(), max_px=100)))
+    assert small.size == (100, 50)
+    low, high = small.convert("L").getextrema()
+    assert low < 10 and high > 245
+    assert 120 < np.asarray(small.convert("L")).mean() < 135
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", b"\x89PNG\r\n"]
+)
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(InputError):
+        thumbnail(data)
+
+
+def test_a_600_000_row_dataset_opens_in_under_two_seconds(tmp_path: Path) -> None:
+    """Opening is what the Data page does first: the sources, the facets and a page from the middle."""
+    workspace, rows, shards = Workspace(tmp_path), 600_000, 6
+    folder = workspace.samples("alignment")
+    folder.mkdir(parents=True)
+    schema = schema_of(Sample)
+    for shard in range(shards):
+        ids = np.arange(shard * rows // shards, (shard + 1) * rows // shards)
+        words = pa.array([f"A chest radiograph with a finding, number {n}." for n in ids])
+        n, text = len(ids), pa.string()
+        turn = pa.StructArray.from_arrays(
+            [pa.array(["assistant"] * n, text), words], fields=list(schema.field("turns").type.value_type)
+        )
+        image = pa.StructArray.from_arrays(
+            [pa.array([b""] * n, pa.binary()), pa.array([""] * n, text)], fields=list(schema.field("image").type)
+        )
+        columns = {name: pa.array([name] * n, text) for name in schema.names}
+        columns |= {
+            "sample_id": pa.array([f"s{i:07d}" for i in ids]),
+            "image": image,
+            "turns": pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32)), turn).cast(
+                schema.field("turns").type
+            ),
+        }
+        table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+        pq.write_table(table, folder / f"part-{shard:05d}.parquet", compression="zstd", row_group_size=20_000)
+    started = time.monotonic()
+    results = Results(tmp_path)
+    results.stamp()
+    source = results.source("alignment")
+    assert source is not None and source.rows == rows
+    facets = [source.facet(column) for column in source.facets]
+    page = source.page(offset=300_000, limit=12)
+    seconds = time.monotonic() - started
+    assert page.rows[0]["sample_id"] == "s0300000"
+    assert all(facet["rows"].sum() == rows for facet in facets)
+    assert seconds < 2
+    started = time.monotonic()
+    assert source.page(search="number 599999.").rows[0]["sample_id"] == "s0599999"
+    assert time.monotonic() - started < 5
