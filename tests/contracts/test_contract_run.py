@@ -1,0 +1,185 @@
+"""How a contract runs: what it writes, what it refuses, what it says, and that it says the same twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sound_records
+
+import data_contracts.images
+from data_contracts.contract import Selection
+from data_contracts.run import run_contract
+from medvlm.errors import WorkspaceError
+from medvlm.records import Image
+from medvlm.store import Workspace, write_records
+
+
+def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "data_contracts", *arguments, "--workspace", str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"MEDVLM_CONTRACT_DOCS": ""},
+    )
+
+
+def broken_alignment(root: Path) -> None:
+    records = sound_records.sound("alignment")
+    records[3] = dataclasses.replace(records[3], image=Image(b"", "lost.png"))  # type: ignore[type-var]
+    sound_records.write(Workspace(root), "alignment", records)
+
+
+def test_the_command_says_what_broke_where_and_exits_1(tmp_path: Path) -> None:
+    broken_alignment(tmp_path)
+    sound_records.write(Workspace(tmp_path), "instruct", sound_records.sound("instruct"))
+    run = command(tmp_path, "alignment", "instruct")
+    assert run.returncode == 1, run.stderr
+    assert "contract 'alignment' is BROKEN" in run.stdout
+    assert re.search(r"BROKEN +image_present.*\n.*observed: 1 of 4 rows.*\n +s3: lost.png", run.stdout)
+    assert "contract 'instruct' holds" in run.stdout
+    assert run.stderr == ""
+
+
+def test_json_is_one_object_and_the_written_result(tmp_path: Path) -> None:
+    broken_alignment(tmp_path)
+    run = command(tmp_path, "alignment", "--json")
+    assert run.returncode == 1, run.stderr
+    printed = json.loads(run.stdout)
+    assert printed["success"] is False
+    assert printed == json.loads((Workspace(tmp_path).contract("alignment") / "result.json").read_text())
+
+
+def test_a_step_that_has_not_run_is_an_error_with_the_next_step(tmp_path: Path) -> None:
+    run = command(tmp_path, "figures")
+    assert run.returncode == 1
+    assert "dvc repro" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_equal_data_gives_equal_bytes_however_often_it_is_checked(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    seen: set[bytes] = set()
+    for _ in range(3):
+        run_contract(workspace, "alignment")
+        seen.add((workspace.contract("alignment") / "result.json").read_bytes())
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment", 8))
+    second: set[bytes] = set()
+    for _ in range(2):
+        run_contract(workspace, "alignment")
+        second.add((workspace.contract("alignment") / "result.json").read_bytes())
+    assert len(seen) == len(second) == 1
+    assert seen != second
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    records = sound_records.sound("alignment")
+    sound_records.write(workspace, "alignment", records)
+    first = run_contract(workspace, "alignment").fingerprint
+    sound_records.write(workspace, "alignment", list(reversed(records)))
+    assert run_contract(workspace, "alignment").fingerprint == first
+    records[0] = dataclasses.replace(records[0], group_id="PMC9")  # type: ignore[type-var]
+    sound_records.write(workspace, "alignment", records)
+    assert run_contract(workspace, "alignment").fingerprint != first
+
+
+def test_a_table_of_another_schema_names_the_columns(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    (shard,) = workspace.samples("alignment").glob("*.parquet")
+    table = pq.read_table(shard)
+    table = table.drop_columns(["turns", "modality", "licence"])
+    table = table.append_column("modality", pa.array([1] * len(table)))
+    for _ in range(2):
+        table = table.append_column("licence", pa.array(["CC BY"] * len(table)))
+    pq.write_table(table, shard)
+    result = run_contract(workspace, "alignment")
+    assert [(row.row_id, row.value) for row in result.broken[0].broken] == [
+        ("part-00000.parquet:turns", "missing"),
+        ("part-00000.parquet:modality", "int64, expected string"),
+        ("part-00000.parquet:licence", "there twice or more"),
+    ]
+    assert (workspace.contract("alignment") / "result.json").exists()
+
+
+def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    (shard,) = workspace.samples("alignment").glob("*.parquet")
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(WorkspaceError, match=r"part-00000\.parquet"):
+        run_contract(workspace, "alignment")
+
+
+def test_null_in_a_foreign_table_breaks_the_column_rule(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    (shard,) = workspace.samples("alignment").glob("*.parquet")
+    table = pq.read_table(shard)
+    index = table.schema.get_field_index("modality")
+    table = table.set_column(index, "modality", pa.array(["ct", None, "ct", "ct"]))
+    pq.write_table(table, shard)
+    result = run_contract(workspace, "alignment")
+    assert [(check.name, check.broken[0].row_id) for check in result.broken] == [("modality", "s1")]
+
+
+def test_one_benchmark_has_a_result_of_its_own(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "benchmark-items", sound_records.sound("benchmark-items"))
+    run_contract(workspace, "benchmark-items", selection=Selection(benchmark="vqa-rad"))
+    assert (workspace.contract("benchmark-items") / "vqa-rad" / "result.json").exists()
+    with pytest.raises(WorkspaceError, match="slake"):
+        run_contract(workspace, "benchmark-items", selection=Selection(benchmark="slake"))
+
+
+def test_docs_are_whole_pages_that_fetch_nothing(tmp_path: Path) -> None:
+    broken_alignment(tmp_path)
+    run_contract(Workspace(tmp_path), "alignment", docs=True)
+    docs = Workspace(tmp_path).contract("alignment") / "docs"
+    index = (docs / "index.html").read_text("utf-8")
+    assert "lost.png" in index
+    assert "is broken" in index
+    pages = re.findall(r'href="([^"]+)"', index)
+    assert pages == ["expectations-alignment.html"]
+    page = (docs / pages[0]).read_text("utf-8")
+    assert "values must belong to this set" in page
+    assert "modality" in page
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+https?://", page)
+
+
+def test_large_tables_get_a_seeded_sample_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_contracts.images, "EVERY_IMAGE_UP_TO", 3)
+    workspace = Workspace(tmp_path)
+    monkeypatch.setattr("medvlm.store.ROW_GROUP_BYTES", 1)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment", 9))
+    checks = {check.name: check for check in run_contract(workspace, "alignment").checks}
+    assert checks["image_decodable"].observed == "0 of 3 rows break it (a seeded sample of 9)"
+
+
+def test_a_workspace_path_may_hold_odd_characters(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "it's [a] *?")
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    assert run_contract(workspace, "alignment").success
+
+
+def test_shards_are_read_as_one_table(tmp_path: Path) -> None:
+    from medvlm.records import Sample
+
+    workspace = Workspace(tmp_path)
+    records = [sound_records.sample(index) for index in range(6)]
+    write_records(workspace.samples("alignment"), Sample, [*records, records[0]], shard_bytes=1)
+    result = run_contract(workspace, "alignment")
+    assert result.rows == 7
+    assert {check.name for check in result.broken} == {"sample_unique", "no_repeats"}
