@@ -67,7 +67,9 @@ def build(workspace: str, name: str, source: Path | None, seed: int, as_json: bo
 @JSON_OPTION
 @click.pass_obj
 def build_benchmark(workspace: str, name: str, source: Path, tolerated_missing: float, as_json: bool) -> None:
-    """Read benchmark NAME (vqa-rad, slake, slake-zh, pathvqa) from its official release.
+    """Read benchmark NAME from its official release, or from its Parquet copy.
+
+    NAME is vqa-rad, slake, slake-zh, pathvqa, data-rad, pmc-vqa, pneumoniamnist, organcmnist or pathmnist.
 
     \b
     medvlm dataset build-benchmark vqa-rad --source data/vqa-rad

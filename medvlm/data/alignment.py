@@ -10,10 +10,10 @@ from medvlm.data.conversations import (
     official_state,
     pick,
     prompts,
+    read_official,
     samples_of_figures,
     write_dataset,
 )
-from medvlm.data.readers.llava_med import read_conversations
 from medvlm.records import Figure, Turn
 from medvlm.store import Report, Workspace
 
@@ -30,7 +30,8 @@ def build_alignment(
 
     Args:
         workspace: Gets ``samples("alignment")`` and its report.
-        official: LLaVA-Med's alignment JSON, joined by ``pair_id``. Without it, captions are the answers.
+        official: LLaVA-Med's alignment JSON or ChiMed-VL's, joined by ``pair_id``. Without it,
+            captions are the answers.
         figures: Shards of figures; the workspace's by default.
         seed: Decides which of our 27 prompts a figure gets.
 
@@ -41,7 +42,7 @@ def build_alignment(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     if official:
-        rows = joined_samples(folder, read_conversations(official), dataset="alignment")
+        rows = joined_samples(folder, read_official(official), dataset="alignment")
         return write_dataset(
             workspace, "alignment", rows, started=started, details={"official": official_state(official)}
         )

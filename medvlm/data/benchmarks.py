@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from medvlm.data.images import image_hashes
+from medvlm.data.readers.data_rad import read_data_rad
+from medvlm.data.readers.hub_parquet import hub_files, read_hub_parquet
+from medvlm.data.readers.medmnist import COLLECTIONS, read_medmnist
 from medvlm.data.readers.pathvqa import SPLIT_OF_PREFIX, read_pathvqa
+from medvlm.data.readers.pmc_vqa import read_pmc_vqa
 from medvlm.data.readers.slake import SPLIT_OF_FILE, read_slake
 from medvlm.data.readers.source import Dropped
 from medvlm.data.readers.vqa_rad import IMAGE_FOLDER, PUBLIC_FILE, read_vqa_rad
@@ -38,7 +43,14 @@ class Benchmark:
     source: str
 
 
+def _hub(name: str, path: Path) -> Rows:
+    for file in hub_files(path):
+        yield from read_hub_parquet(file, name)
+
+
 def _vqa_rad(path: Path) -> Rows:
+    if hub_files(path):
+        return _hub("vqa-rad", path)
     return read_vqa_rad(path / PUBLIC_FILE if path.is_dir() else path)
 
 
@@ -53,11 +65,43 @@ def _slake(language: Literal["en", "zh"], path: Path) -> Rows:
 
 
 def _pathvqa(path: Path) -> Rows:
-    files = [path / f"pvqa_{part}.json" for part in SPLIT_OF_PREFIX] if path.is_dir() else [path]
-    present = [file for file in files if file.exists()]
-    # Of PathVQA one may hold the test questions alone; of nothing, the first read says what is missing.
-    for file in present or files[-1:]:
+    if hub_files(path):
+        yield from _hub("pathvqa", path)
+        return
+    # Of PathVQA one may hold the test questions alone; of nothing, the last read says what is missing.
+    for file in _files(path, [f"pvqa_{part}.json" for part in SPLIT_OF_PREFIX]) or _files(
+        path, [f"{part}_vqa.pkl" for part in SPLIT_OF_PREFIX], required="pvqa_test.json"
+    ):
         yield from read_pathvqa(file)
+
+
+def _pmc_vqa(path: Path) -> Rows:
+    # The second version is a cleaned first one: where both are there, they are not mixed.
+    for file in _files(path, ["train_2.csv", "test_2.csv"]) or _files(
+        path, ["train.csv", "test.csv"], required="test_2.csv"
+    ):
+        yield from read_pmc_vqa(file)
+
+
+def _medmnist(name: str, path: Path) -> Rows:
+    if path.is_dir():
+        # The shortest name is the smallest resolution, 28 pixels, which papers score.
+        path = min(
+            path.glob(f"{name}*.npz"), key=lambda file: (len(file.name), file.name), default=path / f"{name}.npz"
+        )
+    return read_medmnist(path)
+
+
+def _files(path: Path, names: list[str], *, required: str = "") -> list[Path]:
+    """Those of the named files that are there; ``required``, absent as it is, where none is."""
+    if not path.is_dir():
+        return [path]
+    present = [path / name for name in names if (path / name).exists()]
+    return present or ([path / required] if required else [])
+
+
+def _pmc_vqa_images(root: Path) -> Path:
+    return next((root / name for name in ("images_2", "images", "figures") if (root / name).is_dir()), root)
 
 
 BENCHMARKS = {
@@ -69,6 +113,12 @@ BENCHMARKS = {
         functools.partial(_slake, "zh"), lambda root: _slake_root(root) / "imgs", "CC BY 4.0", "Liu et al. 2021"
     ),
     "pathvqa": Benchmark(_pathvqa, lambda root: root / "images", "MIT (questions)", "He et al. 2020"),
+    "data-rad": Benchmark(read_data_rad, lambda root: root / IMAGE_FOLDER, "CC0 1.0", "LLaVA-Med's split of VQA-RAD"),
+    "pmc-vqa": Benchmark(_pmc_vqa, _pmc_vqa_images, "CC BY-SA (unverified)", "Zhang et al. 2023"),
+    **{
+        name: Benchmark(functools.partial(_medmnist, name), lambda root: root, "CC BY 4.0", "Yang et al. 2023")
+        for name in COLLECTIONS
+    },
 }
 
 
@@ -149,28 +199,35 @@ def _benchmark(name: str) -> Benchmark:
 
 def _items(benchmark: Benchmark, path: Path, tally: Tally, *, images: bool, tolerance: float) -> Iterator[VQAItem]:
     """Items with unique ids, grouped by image; raises after the last one if too many images are missing."""
-    rows = list(tally.sift(benchmark.read(path)))
-    _refuse_repeated(rows, path)
-    if not rows:
+    rows = _unique(tally.sift(benchmark.read(path)), path)
+    first = next(rows, None)
+    if first is None:
         raise InputError("no question was found", where=str(path), hint="give the release's folder or question file")
+    rows = itertools.chain([first], rows)
     folder = benchmark.images(path)
-    # Grouped, so that each image is opened once and compresses well beside its copies.
-    place = {image_id: index for index, image_id in enumerate(dict.fromkeys(row.image_id for row in rows))}
-    rows.sort(key=lambda row: place[row.image_id])
-    for item in tally.sift(_with_images(rows, folder)) if images else rows:
+    if not first.image.bytes:
+        rows = iter(_grouped_by_image(rows))
+    for item in tally.sift(_with_images(rows, folder)) if images else map(_without_image, rows):
         tally.keep_item(item)
         yield item
     lost = tally.dropped_for(*IMAGE_REASONS)
-    if lost > tolerance * len(rows):
-        first = "; ".join(tally.first(*IMAGE_REASONS))
+    if lost > tolerance * (tally.kept + lost):
+        names = "; ".join(tally.first(*IMAGE_REASONS))
         raise InputError(
-            f"{lost} of {len(rows)} questions have no usable image: {first}",
+            f"{lost} of {tally.kept + lost} questions have no usable image: {names}",
             where=str(folder),
             hint="complete the images, or tolerate a share of missing ones with --tolerated-missing",
         )
 
 
-def _refuse_repeated(rows: list[VQAItem], path: Path) -> None:
+def _grouped_by_image(rows: Iterable[VQAItem]) -> list[VQAItem]:
+    """The rows in their order, but those of one image together: it is opened once and compresses well."""
+    listed = list(rows)
+    place = {image_id: index for index, image_id in enumerate(dict.fromkeys(row.image_id for row in listed))}
+    return sorted(listed, key=lambda row: place[row.image_id])
+
+
+def _unique(rows: Iterable[VQAItem], path: Path) -> Iterator[VQAItem]:
     seen: set[str] = set()
     for row in rows:
         if row.item_id in seen:
@@ -180,12 +237,17 @@ def _refuse_repeated(rows: list[VQAItem], path: Path) -> None:
                 hint="question ids must be unique; compare the file with the published one",
             )
         seen.add(row.item_id)
+        yield row
+
+
+def _without_image(item: VQAItem) -> VQAItem:
+    return dataclasses.replace(item, image=Image(b"", item.image.path))
 
 
 def _with_images(rows: Iterable[VQAItem], folder: Path) -> Iterator[VQAItem | Dropped]:
     load = functools.lru_cache(maxsize=1)(functools.partial(load_image, folder))
     for item in rows:
-        loaded = load(item.image.path)
+        loaded = hashed(item.image) if item.image.bytes else load(item.image.path)
         if isinstance(loaded, Dropped):
             yield dataclasses.replace(loaded, where=f"item {item.item_id}")
         else:
@@ -207,9 +269,13 @@ def load_image(folder: Path, name: str) -> tuple[Image, str, str] | Dropped:
         return Dropped(str(folder), "image_missing", name)
     if not path.resolve().is_relative_to(folder.resolve()):
         return Dropped(str(folder), "image_outside_folder", name)
-    data = path.read_bytes()
+    return hashed(Image(path.read_bytes(), name))
+
+
+@functools.lru_cache(maxsize=1)
+def hashed(image: Image) -> tuple[Image, str, str] | Dropped:
+    """The image with its SHA-256 and perceptual hash, or why it is refused."""
     try:
-        sha256, phash = image_hashes(data)
+        return image, *image_hashes(image.bytes)
     except InputError as error:
-        return Dropped(str(folder), "image_undecodable", f"{name}: {error.what}")
-    return Image(data, name), sha256, phash
+        return Dropped("", "image_undecodable", f"{image.path}: {error.what}")

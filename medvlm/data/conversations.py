@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from medvlm.data.modality import modality_of_caption
 from medvlm.data.readers import llava_med
+from medvlm.data.readers.chimed import read_chimed
 from medvlm.data.readers.llava_med import Conversation
 from medvlm.data.readers.source import Dropped, file_sha256
 from medvlm.data.tally import Tally
@@ -28,6 +29,7 @@ __all__ = [
     "official_state",
     "pick",
     "prompts",
+    "read_official",
     "sample_of",
     "samples_of_figures",
     "usable_figures",
@@ -205,6 +207,17 @@ def prompts(name: str) -> tuple[str, ...]:
 def pick(seed: int, key: str, choices: int) -> int:
     """A number below ``choices`` that depends on seed and key alone, so that other rows never change it."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big") % choices
+
+
+def read_official(path: Path) -> Iterator[Conversation | Dropped]:
+    """The conversations of a published file: ChiMed-VL's by its name or ``.jsonl``, else LLaVA-Med's.
+
+    Raises:
+        InputError: The file is not in that format.
+    """
+    if path.suffix == ".jsonl" or path.name.lower().startswith("chimed"):
+        return read_chimed(path)
+    return llava_med.read_conversations(path)
 
 
 def official_state(path: Path) -> dict[str, str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from medvlm.data.conversations import joined_samples, official_state, samples_of_figures, write_dataset
+from medvlm.data.conversations import joined_samples, official_state, read_official, samples_of_figures, write_dataset
 from medvlm.data.offline_instruct import offline_turns
-from medvlm.data.readers.llava_med import read_conversations
 from medvlm.store import Report, Workspace
 
 __all__ = ["build_instruct"]
@@ -20,7 +19,7 @@ def build_instruct(
 
     Args:
         workspace: Gets ``samples("instruct")`` and its report.
-        official: LLaVA-Med's instruction JSON, joined by ``pair_id``. Without it, rules write the
+        official: LLaVA-Med's instruction JSON or ChiMed-VL's, joined by ``pair_id``. Without it, rules write the
             conversations from captions and mentions.
         figures: Shards of figures; the workspace's by default.
         seed: Decides the wording where rules write.
@@ -32,7 +31,7 @@ def build_instruct(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     if official:
-        rows = joined_samples(folder, read_conversations(official), dataset="instruct")
+        rows = joined_samples(folder, read_official(official), dataset="instruct")
         return write_dataset(
             workspace, "instruct", rows, started=started, details={"official": official_state(official)}
         )

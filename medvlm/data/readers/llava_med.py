@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from medvlm.data.modality import modality_of_domain
-from medvlm.data.readers.source import Dropped, integer_of, json_lines, object_rows, read_text, refuse, text_of
+from medvlm.data.readers.source import Dropped, integer_of, json_lines, object_rows, refuse, starts_with, text_of
 from medvlm.errors import InputError
 from medvlm.records import Turn
+from medvlm.store import read_json
 
 __all__ = [
     "LICENCE",
     "SHA256",
+    "SLOT",
     "Caption",
     "ChatQuestion",
     "Conversation",
+    "fault_of",
     "read_captions",
     "read_chat_questions",
     "read_conversations",
@@ -174,12 +177,10 @@ def read_captions(path: Path) -> Iterator[Caption]:
     Raises:
         InputError: The file is not in the published format.
     """
-    if not read_text(path).lstrip().startswith("{"):
+    if starts_with(path, "["):
         for where, row in object_rows(path):
             yield _caption(row, where)
         return
-    from medvlm.store import read_json
-
     for domain, rows in cast("dict[str, Any]", read_json(path)).items():
         if not isinstance(rows, list):
             refuse(f"{domain!r} holds {str(rows)[:40]}", str(path), "a list of captions for each domain")

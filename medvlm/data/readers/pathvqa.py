@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from medvlm.data.readers.plain_pickle import read_plain_pickle
 from medvlm.data.readers.source import Dropped, object_rows, refuse, text_of, yes_no_type
 from medvlm.records import Image, Split, VQAItem
 
@@ -15,17 +17,29 @@ SPLIT_OF_PREFIX: dict[str, Split] = {"train": "train", "val": "validation", "tes
 
 
 def read_pathvqa(path: Path) -> Iterator[VQAItem | Dropped]:
-    """Every question of a ``pvqa_*.json``, in its order, without image bytes.
+    """Every question of a ``pvqa_*.json`` or ``.pkl``, in its order, without image bytes.
 
-    Each record holds one image's questions under ``sentf.pvqa`` and, at the same places, their
+    A JSON record holds one image's questions under ``sentf.pvqa`` and, at the same places, their
     answers as ``{answer: 1}`` under ``labelf.pvqa``; images without questions have empty lists.
-    The split is the first part of ``img_id``. The release's answer types are not in this form:
+    A pickle holds such records too, or one ``{image, question, answer}`` a question.
+    The split is the first part of the image's name. The release's answer types are not in this form:
     an answer of yes or no makes a question closed, which gives the published 3,391 of 6,761.
 
     Raises:
         InputError: The file is not in the published format.
     """
-    for where, row in object_rows(path):
+    rows = _pickled_rows(path) if path.suffix in (".pkl", ".pickle") else object_rows(path)
+    asked: Counter[str] = Counter()
+    for where, row in rows:
+        if "question" in row:
+            image_id = text_of(row, "image", where).removesuffix(".jpg")
+            split = SPLIT_OF_PREFIX.get(image_id.split("_")[0])
+            if split is None:
+                refuse(f"'image' is {image_id!r}", where, "train_…, val_… or test_…")
+            answer = text_of(row, "answer", where)
+            yield _item(image_id, split, asked[image_id], row["question"], {answer: 1}, where)
+            asked[image_id] += 1
+            continue
         image_id = text_of(row, "img_id", where)
         prefix = image_id.split("_")[0]
         if prefix not in SPLIT_OF_PREFIX:
@@ -36,6 +50,16 @@ def read_pathvqa(path: Path) -> Iterator[VQAItem | Dropped]:
         for index, (question, label) in enumerate(zip(questions, labels, strict=True)):
             place = f"{where}, question {index}"
             yield _item(image_id, SPLIT_OF_PREFIX[prefix], index, question, label, place)
+
+
+def _pickled_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    value = read_plain_pickle(path)
+    if not isinstance(value, list):
+        refuse(f"the pickle holds a {type(value).__name__}", str(path), "a list of records")
+    for index, row in enumerate(cast("list[Any]", value)):
+        if not isinstance(row, dict):
+            refuse(f"the element is a {type(row).__name__}", f"{path}, element {index}", "a record")
+        yield f"{path}, element {index}", cast("dict[str, Any]", row)
 
 
 def _pvqa_list(row: dict[str, Any], key: str, where: str) -> list[Any]:

@@ -15,6 +15,7 @@ from medvlm.records import AnswerType
 
 __all__ = [
     "Dropped",
+    "Row",
     "choice_of",
     "file_sha256",
     "integer_of",
@@ -22,6 +23,7 @@ __all__ = [
     "object_rows",
     "read_text",
     "refuse",
+    "starts_with",
     "text_of",
     "yes_no_type",
 ]
@@ -206,6 +208,19 @@ def _value(row: Row, key: str, where: str) -> Any:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), f"the number {value!r}")
+
+
+def starts_with(path: Path, character: str) -> bool:
+    """Whether a text file's first character that is not blank is this one.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as stream:
+            return stream.read(4096).lstrip()[:1] == character
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError("the file does not exist", where=str(path), hint="check the path") from error
 
 
 def file_sha256(path: Path) -> str:
