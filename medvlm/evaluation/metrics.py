@@ -62,13 +62,14 @@ def whole_word(answer: str, prediction: str, language: Language) -> float:
 
     For a yes/no answer exactly one of the words yes and no has to stand in the prediction, and be
     the right one. Any other answer has to stand there as whole words in a row. Chinese has no such
-    published normalisation: phrases of yes and no count as the words, and jieba cuts the rest.
+    published normalisation: phrases of yes and no count as the words, jieba cuts the rest,
+    and an answer right behind a negation ("不健康" for "健康") does not stand there.
     """
     if language == "zh":
         wanted = polarity(without_punctuation(answer), "zh")
         if len(wanted) == 1 and _is_only_polarity(answer):
             return float(polarity(without_punctuation(prediction), "zh") == wanted)
-        return float(_stands_in(clean_words(answer, "zh"), clean_words(prediction, "zh")))
+        return float(_stands_in(clean_words(answer, "zh"), clean_words(prediction, "zh"), _CHINESE_NEGATIONS))
     answer, prediction = _published(answer), _published(prediction)
     if answer in ("yes", "no"):
         return float(polarity(prediction) == frozenset((answer,)))
@@ -82,10 +83,16 @@ def _is_only_polarity(answer: str) -> bool:
     return without_punctuation(answer) in _CHINESE_YES_NO.split()
 
 
-def _stands_in(wanted: Sequence[str], words: Sequence[str]) -> bool:
-    """Whether ``wanted`` is a run of ``words``. Nothing never is."""
+_CHINESE_NEGATIONS = frozenset({"不", "不是", "没", "没有", "无", "非", "并非"})
+
+
+def _stands_in(wanted: Sequence[str], words: Sequence[str], negations: frozenset[str] = frozenset()) -> bool:
+    """Whether ``wanted`` is a run of ``words`` that no negation stands before. Nothing never is."""
     size = len(wanted)
-    return size > 0 and any(list(words[at : at + size]) == list(wanted) for at in range(len(words) - size + 1))
+    return size > 0 and any(
+        list(words[at : at + size]) == list(wanted) and (at == 0 or words[at - 1] not in negations)
+        for at in range(len(words) - size + 1)
+    )
 
 
 def llava_med_run_eval(answer: str, prediction: str, language: Language) -> float:

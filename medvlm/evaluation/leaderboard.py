@@ -1,0 +1,143 @@
+"""The leaderboard: our scores beside the published ones, with everything that makes them unlike."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medvlm.errors import WorkspaceError
+from medvlm.evaluation.published import PublishedScore, published_scores
+from medvlm.evaluation.score_step import REPORTED, stage_order
+from medvlm.records import AnswerType, Score, from_row
+from medvlm.store import Report, Workspace, fingerprint, read_report, write_json, write_report
+
+__all__ = ["LeaderboardRow", "leaderboard_rows", "write_leaderboard"]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderboardRow:
+    """One score of one model. Two rows compare only if benchmark, test split, answer type and rule agree."""
+
+    kind: Literal["ours", "published"]
+    model: str
+    training: str
+    """Ours: the stage. Published: ``fine-tuned`` or ``zero-shot``."""
+    epochs: int | None
+    train_split: str
+    benchmark: str
+    test_split: str
+    """``official``, or what ours was scored on instead."""
+    answer_type: AnswerType
+    rule: str
+    value: float
+    """Per cent."""
+    low: float | None
+    high: float | None
+    n: int | None
+    blind: float | None
+    """The same model without the image."""
+    gain: float | None
+    """``value`` less ``blind``, in points."""
+    source: str
+    url: str
+    note: str
+    second_hand: bool
+    headline: bool
+    """Whether the table shows it unasked."""
+
+
+def leaderboard_rows(workspace: Workspace) -> list[LeaderboardRow]:
+    """Every score of the workspace and every published one, ours first, by benchmark.
+
+    Raises:
+        WorkspaceError: A score file is damaged.
+    """
+    ours = [row for folder in _score_folders(workspace) for row in _our_rows(folder)]
+    theirs = [_published_row(score) for score in published_scores()]
+    return ours + sorted(theirs, key=lambda row: row.benchmark)
+
+
+def write_leaderboard(workspace: Workspace) -> Report:
+    """Write ``rows.json`` and ``report.json`` into the leaderboard's folder.
+
+    Returns:
+        The report. Its metrics are the headline scores of our last stages, by
+        ``<model>.<benchmark>.<answer type>.<rule>``, and their ``.blind`` and ``.gain``.
+    """
+    started = time.monotonic()
+    rows = leaderboard_rows(workspace)
+    path = workspace.leaderboard / "rows.json"
+    write_json(path, [dataclasses.asdict(row) for row in rows])
+    metrics: dict[str, float] = {}
+    for row in rows:
+        if row.kind == "ours" and row.headline:
+            name = f"{row.model}.{row.benchmark}.{row.answer_type}.{row.rule}"
+            values = {name: row.value, f"{name}.blind": row.blind, f"{name}.gain": row.gain}
+            metrics |= {key: value for key, value in values.items() if value is not None}
+    counts = {kind: sum(row.kind == kind for row in rows) for kind in ("ours", "published")}
+    report = Report(step="leaderboard", counts=counts, metrics=metrics, fingerprint=fingerprint(path))
+    return write_report(workspace.leaderboard, report, started=started)
+
+
+def _score_folders(workspace: Workspace) -> list[Path]:
+    # Recipes and benchmarks are folder names; the workspace gives the place of any two of them.
+    root = workspace.scores("any", "any").parents[1]
+    return sorted(path.parents[1] for path in root.glob("*/*/scores/scores.parquet"))
+
+
+def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
+    scores = [score for score in _read_scores(folder / "scores" / "scores.parquet") if score.slice == "all"]
+    report = read_report(folder)
+    official = report is not None and report.details.get("official_test_split") is True
+    blind = {(score.stage, score.answer_type, score.rule): score.value for score in scores if score.blind}
+    stages = sorted({score.stage for score in scores}, key=stage_order)
+    for score in sorted(scores, key=lambda score: -stages.index(score.stage)):
+        if score.blind or (score.answer_type, score.rule) not in REPORTED:
+            continue
+        without = blind.get((score.stage, score.answer_type, score.rule))
+        yield LeaderboardRow(
+            kind="ours",
+            model=score.model,
+            training=score.stage,
+            epochs=None,
+            train_split="see its recipe",
+            benchmark=score.benchmark,
+            test_split="official" if official else "not the official one",
+            answer_type=score.answer_type,
+            rule=score.rule,
+            value=score.value,
+            low=score.low,
+            high=score.high,
+            n=score.n,
+            blind=without,
+            gain=round(score.value - without, 6) if without is not None else None,
+            source="this workspace",
+            url="",
+            note="" if official else "compares with no published row: another test split",
+            second_hand=False,
+            headline=score.stage == stages[-1],
+        )
+
+
+def _read_scores(path: Path) -> list[Score]:
+    try:
+        return [from_row(Score, row) for row in pq.read_table(path).to_pylist()]
+    except (pa.ArrowInvalid, TypeError) as error:
+        raise WorkspaceError(
+            f"the scores cannot be read: {error}",
+            where=str(path),
+            hint="restore them with 'dvc checkout', or run 'medvlm score' again",
+        ) from error
+
+
+def _published_row(score: PublishedScore) -> LeaderboardRow:
+    return LeaderboardRow(
+        kind="published", test_split="official", low=None, high=None, blind=None, gain=None, **dataclasses.asdict(score)
+    )
