@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medvlm.store import Workspace
+from medvlm.store import Workspace, shard_paths
 
 __all__ = [
     "Column",
@@ -111,6 +111,16 @@ class Table:
     name: str
     folder: Path
     record: type
+    files: str = "*.parquet"
+    """Which files of the folder are its shards."""
+
+    def shards(self) -> list[Path]:
+        """The table's Parquet files, in order.
+
+        Raises:
+            WorkspaceError: The step that makes it has not run.
+        """
+        return [path for path in shard_paths(self.folder) if path.match(self.files)]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def check_drift(now: Statistics, before: Statistics | None, *, label: str = "") 
     """Judge a version against the accepted one: beyond the first threshold warn, beyond the second fail."""
     then = before or now
     judged = min(now["rows"], then["rows"]) >= JUDGED_FROM_ROWS
-    lost = max(0.0, 1.0 - now["rows"] / max(then["rows"], 1))
+    lost = max(0.0, 1.0 - now["rows"] / then["rows"]) if then["rows"] else 0.0
     psi = _stability(then["length"], now["length"])
     mix = _distance(then["mix"], now["mix"])
     moved = f"{then['rows']:,} → {now['rows']:,} rows"

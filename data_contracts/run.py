@@ -21,7 +21,7 @@ from data_contracts.images import check_images
 from data_contracts.result import Broken, Check, ContractResult, write_result
 from medvlm.errors import WorkspaceError
 from medvlm.records import schema_of
-from medvlm.store import Workspace, read_json, shard_paths, write_json
+from medvlm.store import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ def _check_target(
     contract: Contract, target: Target, remembered: dict[str, Any] | None, *, accept: bool, seed: int
 ) -> _Outcome:
     outcome = _Outcome()
-    shards = {table.name: shard_paths(table.folder) for table in target.tables}
+    shards = {table.name: table.shards() for table in target.tables}
     columns = [_check_columns(table, shards[table.name], _prefix(target)) for table in target.tables]
     outcome.checks += columns
     if not all(check.success for check in columns):
