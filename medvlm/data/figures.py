@@ -135,7 +135,8 @@ class _Run:
         for article in batch:
             found = versions[article.pmcid]
             refs = article.refs
-            if self.earlier is not None and found.failure is None:
+            # Servers without S3 give no ETag, and then nothing says that an article is unchanged.
+            if self.earlier is not None and found.failure is None and all(etag for _, etag in found.etags):
                 evidence = _evidence(found.stamps)
                 settled = [ref for ref in refs if self.earlier[self.blocks.ordinal(ref.row)] == evidence]
                 refs = tuple(ref for ref in refs if ref not in settled)
@@ -188,6 +189,7 @@ def fetch_figures(
     limits: StoreLimits | None = None,
     part: tuple[int, int] = (1, 1),
     fresh: bool = False,
+    block_rows: int = BLOCK_ROWS,
     listen: Listener = report_progress,
 ) -> Report:
     """Fetch the figures of a list and write shards, outcomes and ``report.json``.
@@ -207,6 +209,7 @@ def fetch_figures(
         part: ``(i, n)``: only the i-th of n parts. Its blocks wait in ``scratch``; a run without
             parts then fetches what is missing and puts everything in place.
         fresh: Forget everything fetched before.
+        block_rows: Rows of a block: the unit of parts and of shards.
         listen: Called about once a second with ``done``, ``total`` and ``by_status``.
 
     Returns:
@@ -223,18 +226,19 @@ def fetch_figures(
             f"there is no policy {settings.policy!r}", where="--policy", hint=f"choose from {', '.join(POLICIES)}"
         )
     started = time.monotonic()
-    index = index_list(urls, block_rows=BLOCK_ROWS, part=part)
+    index = index_list(urls, block_rows=block_rows, part=part)
     scratch = scratch or out.parent / f".{out.name}.fetch"
-    inputs = fingerprint(FORMAT, BLOCK_ROWS, urls, store, settings.policy, settings.max_side_px, settings.max_bytes)
+    inputs = fingerprint(FORMAT, block_rows, urls, store, settings.policy, settings.max_side_px, settings.max_bytes)
     inputs = fingerprint(inputs, settings.captions)
     folder = scratch / inputs
     with _locked(scratch, part):
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         earlier = None if fresh else _earlier(out, inputs)
-        blocks = Blocks(folder, index.rows, _share(index, part), earlier=earlier)
+        share = _share(len(index.rows), block_rows, part)
+        blocks = Blocks(folder, index.rows, share, earlier=earlier, block_rows=block_rows)
         opened = open_store(store, limits)
-        total = _share(index, part)[1] - _share(index, part)[0]
+        total = share[1] - share[0]
         run = _Run(
             index, blocks, opened, settings, limits.concurrency, listen, total,
             _earlier_evidence(earlier, blocks) if earlier else None,
@@ -271,9 +275,10 @@ async def _fetch(run: _Run) -> None:
         await run.store.close()
 
 
-def _share(index: ListIndex, part: tuple[int, int]) -> tuple[int, int]:
-    blocks = -(-len(index.rows) // BLOCK_ROWS)
-    begin, end = (min(blocks * step // part[1] * BLOCK_ROWS, len(index.rows)) for step in (part[0] - 1, part[0]))
+def _share(rows: int, block_rows: int, part: tuple[int, int]) -> tuple[int, int]:
+    """Ordinals ``[begin, end)`` of a part: whole blocks, as even as they go."""
+    blocks = -(-rows // block_rows)
+    begin, end = (min(blocks * step // part[1] * block_rows, rows) for step in (part[0] - 1, part[0]))
     return begin, end
 
 

@@ -65,10 +65,20 @@ async def list_versions(store: ObjectStore, pmcids: Sequence[str]) -> dict[str, 
         if covered < WORTHWHILE:
             break
     rest = pmcids[place:]
-    pages = await asyncio.gather(*(store.page(metadata_prefix(pmcid), limit=PAGE_KEYS) for pmcid in rest))
-    for pmcid, page in zip(rest, pages, strict=True):
-        found[pmcid] = Versions(_grouped(page.objects).get(pmcid, ()), None if page.status == "ok" else page)
+    found.update(zip(rest, await asyncio.gather(*(_versions_of(store, pmcid) for pmcid in rest)), strict=True))
     return found
+
+
+async def _versions_of(store: ObjectStore, pmcid: str) -> Versions:
+    """Versions of one article, over as many pages as the server makes of them."""
+    objects: list[Listed] = []
+    while True:
+        page = await store.page(metadata_prefix(pmcid), after=objects[-1].key if objects else "", limit=PAGE_KEYS)
+        if page.status != "ok":
+            return Versions((), page)
+        objects += page.objects
+        if not page.more or not page.objects:
+            return Versions(_grouped(objects).get(pmcid, ()))
 
 
 def _grouped(objects: Sequence[Listed]) -> dict[str, tuple[tuple[int, str], ...]]:
