@@ -97,6 +97,10 @@ class Workspace:
         """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``."""
         return self.root / "contracts" / name
 
+    def recipe(self, name: str) -> Path:
+        """A recipe with all that it inherits, cut by stage: ``stage1.yaml``, ``stage2.yaml``, ``stage3.yaml``."""
+        return self.root / "recipes" / name
+
     def checkpoint(self, recipe: str, stage: int, target: str = "all") -> Path:
         """A finished checkpoint. ``target`` names the benchmark where a stage makes one for each."""
         return self.stage(recipe, stage) / "checkpoint" / target

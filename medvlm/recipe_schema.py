@@ -1,0 +1,310 @@
+"""What a recipe may say: the parts of a system and how each of its three stages trains."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from medvlm.errors import RecipeError
+
+__all__ = [
+    "SIZE",
+    "SOURCE",
+    "Checkpoints",
+    "Decoding",
+    "LanguageModel",
+    "Model",
+    "Projector",
+    "Recipe",
+    "Role",
+    "Stage",
+    "StageName",
+    "TemplateName",
+    "Tokenizer",
+    "VisionTower",
+    "field_model",
+    "field_role",
+]
+
+
+class Role(str):
+    """Marks a field that a twin may change: ``size`` or ``source``."""
+
+
+SIZE = Role("size")
+"""A width, a depth, a length or a number of steps: how much, not what."""
+SOURCE = Role("source")
+"""Where weights, tokenizer or data come from."""
+
+StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
+TemplateName = Literal["plain", "vicuna_v1", "mistral_instruct", "llama_2", "phi"]
+Part = Literal["vision_tower", "projector", "language_model"]
+
+Size = Annotated[int, Field(gt=0), SIZE]
+Source = Annotated[str, Field(min_length=1), SOURCE]
+
+
+class _Section(BaseModel):
+    """No unknown keys, no silent conversions, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class VisionTower(_Section):
+    """What turns an image into patch features."""
+
+    architecture: Literal["clip"]
+    weights: Source
+    """A hub id, a folder, or ``random``: drawn from the recipe's seed so that a frozen tower still
+    carries the image (see ``medvlm.models.vision``)."""
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    mlp_size: Size
+    image_px: Size
+    patch_px: Size
+    feature_layer: int
+    """Index into the hidden states; -2 is the output of the last layer but one."""
+    feature_select: Literal["patch", "all"]
+    """``patch`` drops the class token."""
+    reference_width: Annotated[int, Field(gt=0)]
+    """Hidden width at which the published learning rates were set; see ``Stage.learning_rate``."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_px // self.patch_px) ** 2
+
+    @model_validator(mode="after")
+    def _fits(self) -> VisionTower:
+        _divides("image_px", self.image_px, "patch_px", self.patch_px)
+        _divides("hidden_size", self.hidden_size, "heads", self.heads)
+        if not -self.layers - 1 <= self.feature_layer <= self.layers:
+            raise ValueError(f"feature_layer {self.feature_layer} does not exist in a tower of {self.layers} layers")
+        return self
+
+
+class Projector(_Section):
+    """What turns patch features into embeddings of the language model."""
+
+    kind: Literal["linear", "mlp2x_gelu"]
+
+
+class LanguageModel(_Section):
+    """The decoder."""
+
+    architecture: Literal["llama", "mistral"]
+    weights: Source
+    """A hub id, a folder, or ``random``: normal with a deviation of 1/sqrt(hidden_size), drawn from the seed."""
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    kv_heads: Size
+    mlp_size: Size
+    max_positions: Size
+    reference_width: Annotated[int, Field(gt=0)]
+    """Hidden width at which the published learning rates were set; see ``Stage.learning_rate``."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LanguageModel:
+        _divides("hidden_size", self.hidden_size, "heads", self.heads)
+        _divides("heads", self.heads, "kv_heads", self.kv_heads)
+        return self
+
+
+class Tokenizer(_Section):
+    """What turns text into token ids."""
+
+    source: Source
+    """A hub id, a folder, or ``train``: byte-level BPE learned from the text of the first stage that runs."""
+    vocab_size: Size
+    """Entries, special tokens included. A pretrained tokenizer must have as many, without those added here."""
+
+
+class Model(_Section):
+    """The composed vision-language model."""
+
+    vision_tower: VisionTower
+    projector: Projector
+    language_model: LanguageModel
+    tokenizer: Tokenizer
+    mm_use_im_start_end: bool
+    """Whether ``<im_start>`` and ``<im_end>`` frame the image's placeholders."""
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders of one image, without its frame."""
+        return self.vision_tower.patches + (self.vision_tower.feature_select == "all")
+
+
+class Checkpoints(_Section):
+    """What a killed run can resume from."""
+
+    every: Annotated[float, Field(gt=0, le=1)]
+    """Share of the stage's steps between two checkpoints: it needs no change with the length of a run."""
+    every_s: Annotated[float, Field(gt=0)]
+    """A checkpoint is also written when this much time has passed since the last one."""
+    keep: Annotated[int, Field(ge=1)]
+
+
+class Stage(_Section):
+    """One training stage. A stage differs by its values, never by another script."""
+
+    name: StageName
+    data: Literal["alignment", "instruct", "benchmarks"]
+    """``benchmarks`` are the train splits of ``Recipe.benchmarks``."""
+    targets: Literal["all", "each"]
+    """``each`` makes one checkpoint for each benchmark, every one from the same start."""
+    trains: Annotated[tuple[Part, ...], Field(min_length=1)]
+    objective: Literal["answer"]
+    template: TemplateName
+    epochs: Annotated[float, Field(gt=0), SIZE]
+    max_steps: Annotated[int, Field(gt=0), SIZE] | None
+    """Ends the stage earlier than its epochs would."""
+    max_samples: Annotated[int, Field(gt=0), SIZE] | None
+    """Only so many samples are used, drawn with the seed."""
+    samples_per_image: Size
+    """At most this many samples of one image share a sequence, so that the image is read once. The
+    samples' order is drawn anew in each epoch. 1 is one sample a sequence."""
+    global_batch: Size
+    """Sequences an optimiser step, over all processes and accumulation."""
+    micro_batch: Size
+    """Sequences a process holds at once, at most."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Adam's peak rate, at the part's ``reference_width``.
+
+    It is multiplied by ``reference_width / width`` of what the trained weights read from: the language
+    model's width for the language model, the vision tower's for the projector and the tower. That is muP's
+    rule for Adam (Yang et al. 2022, Tensor Programs V, table 3): an update of every weight by the rate
+    changes an output by rate times width, so the rate goes with 1/width. At the published size the ratio is 1.
+    """
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
+    schedule: Literal["cosine", "linear", "constant"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """``auto``: bf16 on a GPU that has it, fp16 on another, fp32 on the CPU."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    offload_optimizer: bool
+    gradient_checkpointing: bool
+    max_length: Size
+    """Tokens of a sequence, image included. Longer text is cut from the oldest turns, and counted."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Stage:
+        if self.micro_batch > self.global_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} is larger than global_batch {self.global_batch}")
+        if self.targets == "each" and self.data != "benchmarks":
+            raise ValueError(f"targets 'each' needs data 'benchmarks', not {self.data!r}")
+        if self.samples_per_image > 1 and self.template == "plain":
+            raise ValueError("samples_per_image above 1 needs a template with turns, and plain has none")
+        return self
+
+
+class Decoding(_Section):
+    """How answers are generated. Greedy: what the published systems but LLaVA-Med used, and reproducible."""
+
+    max_new_tokens: Size
+
+
+class Recipe(_Section):
+    """A system with its three stages."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$"), SOURCE]
+    title: Annotated[str, SOURCE]
+    system: str
+    """Name of the published system on the leaderboard."""
+    language: Literal["en", "zh"]
+    seed: Annotated[int, Field(ge=0)]
+    model: Model
+    stages: Annotated[tuple[Stage, ...], Field(min_length=3, max_length=3)]
+    benchmarks: Annotated[tuple[Annotated[str, SOURCE], ...], Field(min_length=1), SOURCE]
+    """Names of the sets that stage 3 learns and the system is tested on."""
+    decoding: Decoding
+    checkpoints: Checkpoints
+
+    def stage(self, which: int | str) -> tuple[int, Stage]:
+        """Number (1 to 3) and stage, by its number or its name.
+
+        Raises:
+            RecipeError: There is no such stage.
+        """
+        for number, stage in enumerate(self.stages, start=1):
+            if str(which) in (str(number), stage.name):
+                return number, stage
+        names = ", ".join(f"{n} ({s.name})" for n, s in enumerate(self.stages, start=1))
+        raise RecipeError(f"there is no stage {which!r}", where=f"recipe {self.name}", hint=f"choose from {names}")
+
+    def targets(self, stage_number: int) -> tuple[str, ...]:
+        """The targets that a stage makes a checkpoint for: ``all``, or each benchmark."""
+        return self.benchmarks if self.stages[stage_number - 1].targets == "each" else ("all",)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stages have one name: {', '.join(names)}")
+        positions = self.model.language_model.max_positions
+        image = self.model.image_tokens + 2 * self.model.mm_use_im_start_end
+        for stage in self.stages:
+            if stage.max_length > positions:
+                raise ValueError(
+                    f"stages.{stage.name}.max_length {stage.max_length} is more than "
+                    f"model.language_model.max_positions {positions}"
+                )
+            if stage.max_length < image + 8:
+                raise ValueError(
+                    f"stages.{stage.name}.max_length {stage.max_length} leaves no room for text: an image takes {image}"
+                )
+        for stage in self.stages[:-1]:
+            if stage.targets == "each":
+                raise ValueError(f"stages.{stage.name}.targets 'each' is for the last stage only")
+        return self
+
+
+def _divides(name: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name} {value} is not a multiple of {by} {divisor}")
+
+
+def field_role(path: tuple[str, ...]) -> Role | None:
+    """Whether a field is a ``size`` or a ``source``; None where a twin must not change it.
+
+    Args:
+        path: Such as ``("stages", "align", "epochs")``, with a stage's name as the YAML has it.
+
+    Raises:
+        KeyError: There is no such field.
+    """
+    owner = field_model(path[:-1])
+    if owner is None or path[-1] not in owner.model_fields:
+        raise KeyError(".".join(path))
+    field = owner.model_fields[path[-1]]
+    return next((m for m in [*field.metadata, *_nested_metadata(field.annotation)] if isinstance(m, Role)), None)
+
+
+def _nested_metadata(annotation: Any) -> list[Any]:
+    # `Annotated[int, SIZE] | None` keeps its metadata one level down.
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [m for arg in get_args(annotation) for m in getattr(arg, "__metadata__", ())]
+    return []
+
+
+def field_model(path: tuple[str, ...]) -> type[BaseModel] | None:
+    """The section that a path of keys leads to; None where it leads to none."""
+    model: type[BaseModel] = Recipe
+    keys = iter(path)
+    for key in keys:
+        if model is Recipe and key == "stages":
+            if next(keys, None) is None:
+                return None
+            model = Stage
+            continue
+        field = model.model_fields.get(key)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        model = field.annotation
+    return model
