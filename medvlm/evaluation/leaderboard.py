@@ -12,6 +12,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medvlm.config import load_recipe, recipe_names
 from medvlm.errors import WorkspaceError
 from medvlm.evaluation.published import PublishedScore, published_scores
 from medvlm.evaluation.score_step import REPORTED, stage_order
@@ -29,7 +30,7 @@ class LeaderboardRow:
     model: str
     training: str
     """Ours: the stage. Published: ``fine-tuned`` or ``zero-shot``."""
-    epochs: int | None
+    epochs: float | None
     train_split: str
     benchmark: str
     test_split: str
@@ -106,8 +107,8 @@ def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
             kind="ours",
             model=score.model,
             training=score.stage,
-            epochs=None,
-            train_split="see its recipe",
+            epochs=_epochs(score.model, score.stage),
+            train_split="none" if score.stage in ("align", "instruct") else "train split of the same release",
             benchmark=score.benchmark,
             test_split="official" if official else "not the official one",
             answer_type=score.answer_type,
@@ -124,6 +125,14 @@ def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
             second_hand=False,
             headline=score.stage == stages[-1],
         )
+
+
+def _epochs(recipe: str, stage: str) -> float | None:
+    """Epochs of a recipe's stage, or None where a number of steps ends it, or no such recipe exists."""
+    if recipe not in recipe_names():
+        return None
+    known = {found.name: found for found in load_recipe(recipe).stages}
+    return known[stage].epochs if stage in known and known[stage].max_steps is None else None
 
 
 def _read_scores(path: Path) -> list[Score]:

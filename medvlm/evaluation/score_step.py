@@ -39,7 +39,7 @@ from medvlm.store import (
     write_report,
 )
 
-__all__ = ["REPORTED", "score_recipe", "stage_order"]
+__all__ = ["REPORTED", "items_without_images", "score_recipe", "stage_order"]
 
 STAGES = ("align", "instruct", "finetune", "moe_tune", "prefer")
 REPORTED: tuple[tuple[AnswerType, str], ...] = (
@@ -91,7 +91,7 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
     """
     started = time.monotonic()
     folder = workspace.items(benchmark)
-    every_item = list(_items_without_images(folder))
+    every_item = list(items_without_images(folder))
     items = items_of_split(every_item, where=str(folder))
     runs = _runs(items, workspace.predictions(recipe, benchmark) / "answers")
     draws = Resamples.draw([item.image_id for item in items], resamples=resamples)
@@ -141,7 +141,7 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
     return write_report(target, report, started=started, packages=("numpy", "sacrebleu", "rouge-score", "jieba"))
 
 
-def _items_without_images(folder: Path) -> Iterator[VQAItem]:
+def items_without_images(folder: Path) -> Iterator[VQAItem]:
     """Items with empty images: the scores do not look at them, and PathVQA's are a gigabyte."""
     names = [field.name for field in dataclasses.fields(VQAItem) if field.name != "image"]
     for path in shard_paths(folder):

@@ -8,14 +8,16 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from medvlm.evaluation.compare import Difference
 from medvlm.evaluation.leaderboard import LeaderboardRow
 from medvlm.evaluation.metrics import HEADLINE
 from medvlm.records import AnswerType
 
-__all__ = ["print_leaderboard", "print_scores"]
+__all__ = ["print_comparison", "print_leaderboard", "print_scores"]
 
 _PIPE_WIDTH = 110
 _STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
@@ -78,6 +80,41 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{value['value']:.2f} of {value['denominator']}"
     return "" if value is None else f"{value:.2f}"
+
+
+def print_comparison(
+    differences: Sequence[Difference], first: str, second: str, console: Console | None = None
+) -> None:
+    """Print how two models differ, one row a rule, marking intervals that leave zero out.
+
+    Args:
+        differences: As ``compare_answers`` returns them.
+        first: Name of the first model.
+        second: Name of the second.
+        console: Standard output if None.
+    """
+    console = console or _console()
+    table = Table(title=f"{escape(second)} less {escape(first)}, points", **_STYLE)
+    table.add_column("rule", no_wrap=True)
+    for name in ("n", "first", "second", "difference", "95 %", "only 1st", "only 2nd", "McNemar p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in differences:
+        clear = row.low is not None and row.high is not None and not row.low <= 0 <= row.high
+        headline = HEADLINE[row.answer_type] == row.rule
+        table.add_row(
+            f"{row.answer_type} {row.rule}",
+            str(row.n),
+            f"{row.first:.1f}",
+            f"{row.second:.1f}",
+            f"{row.difference:+.1f}{'*' if clear else ' '}",
+            f"{row.low:+.1f} to {row.high:+.1f}" if row.low is not None else "",
+            "" if row.only_first is None else str(row.only_first),
+            "" if row.only_second is None else str(row.only_second),
+            "" if row.p_value is None else f"{row.p_value:.2g}",
+            style="bold" if headline else "",
+        )
+    console.print(table)
+    console.print(Text("* the paired bootstrap's interval, by image, leaves zero out; headline rules are bold", "dim"))
 
 
 def print_leaderboard(
@@ -145,7 +182,7 @@ def _papers_table(benchmark: str, rows: Sequence[LeaderboardRow], sources: list[
     table.add_column("source", no_wrap=True)
     groups: dict[tuple[str, ...], list[LeaderboardRow]] = {}
     for row in rows:
-        trained = row.training + (f", {row.epochs} ep." if row.epochs else "")
+        trained = row.training + (f", {row.epochs:g} ep." if row.epochs else "")
         groups.setdefault((row.kind, row.model, trained, row.test_split, row.source, row.train_split), []).append(row)
     for (kind, model, trained, test_split, source, _), group in groups.items():
         closed, opened = _as_papers(group, "closed"), _as_papers(group, "open")
