@@ -2,8 +2,6 @@
 
 import dagster as dg
 
-from orchestration.partitions import evaluations, recipes
-
 rebuild_data = dg.define_asset_job(
     "rebuild_data",
     dg.AssetSelection.groups("ingest", "datasets"),
@@ -13,14 +11,12 @@ rebuild_data = dg.define_asset_job(
 train_recipe = dg.define_asset_job(
     "train_recipe",
     dg.AssetSelection.groups("training"),
-    partitions_def=recipes,
     description="The three stages of one recipe. A killed stage resumes from its last checkpoint.",
 )
 
 evaluate = dg.define_asset_job(
     "evaluate",
     dg.AssetSelection.assets("benchmark_predictions", "benchmark_scores"),
-    partitions_def=evaluations,
     description="Answers and scores of one recipe on one benchmark.",
 )
 

@@ -169,6 +169,8 @@ class _Command:
             self._process.terminate()
             self._process.wait(END_S)
         self._reader.join(timeout=1.0)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     @property
     def returncode(self) -> int:

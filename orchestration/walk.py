@@ -18,6 +18,9 @@ import dagster as dg
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.settings import BENCHMARKS
 
+# Each step's own output is what a person wants to read; Dagster's events are in the UI.
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
 
 @click.command()
 @click.option("--recipe", default="tiny-llava-med", show_default=True)
@@ -31,7 +34,7 @@ def walk(recipe: str) -> None:
     with dg.DagsterInstance.get() as instance:
         for job, partition in _runs(recipe):
             result = defs.resolve_job_def(job).execute_in_process(
-                instance=instance, partition_key=partition, raise_on_error=False
+                instance=instance, partition_key=partition, raise_on_error=False, run_config=QUIET
             )
             rows += _durations(result, partition)
             if not result.success:
@@ -53,12 +56,9 @@ def _runs(recipe: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _durations(result: dg.ExecuteInProcessResult, partition: str | None) -> Iterator[tuple[str, float]]:
-    started: dict[str, float] = {}
     for event in result.all_events:
-        if event.event_type_value == "STEP_START" and event.step_key:
-            started[event.step_key] = 0.0
-        if event.event_type_value == "STEP_SUCCESS" and event.step_key:
-            name = event.step_key + (f" [{partition}]" if partition else "")
+        if event.event_type_value == "STEP_SUCCESS":
+            name = f"{event.step_key} [{partition}]" if partition else str(event.step_key)
             yield name, event.step_success_data.duration_ms / 1000
 
 
@@ -69,7 +69,7 @@ def _print_failure(result: dg.ExecuteInProcessResult, job: str) -> None:
             error = event.step_failure_data.error
             cause = error.cause if error and error.cause else error
             click.echo(f"  {event.step_key}: {cause.message.strip() if cause else 'no message'}", err=True)
-        if event.is_asset_check_evaluation and not event.asset_check_evaluation_data.passed:
+        if event.event_type_value == "ASSET_CHECK_EVALUATION" and not event.asset_check_evaluation_data.passed:
             data = event.asset_check_evaluation_data
             click.echo(f"  contract broken: {data.check_name}\n{data.description or ''}", err=True)
     click.echo("  next:  mend the cause and run the same command again; finished steps are not repeated", err=True)

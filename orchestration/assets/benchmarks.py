@@ -1,5 +1,7 @@
 """Group `benchmarks`: answers, scores under named rules, and the leaderboard."""
 
+import json
+
 import dagster as dg
 
 from orchestration.assets.datasets import benchmark_items
@@ -7,6 +9,9 @@ from orchestration.assets.training import stage3_checkpoint
 from orchestration.metadata import markdown_table, materialized
 from orchestration.partitions import evaluations
 from orchestration.resources import DvcProject
+
+SHOWN = ("model", "training", "benchmark", "answer_type", "rule", "value", "low", "high", "blind", "gain", "n")
+"""Columns of the leaderboard that the UI shows."""
 
 
 def _keys(context: dg.AssetExecutionContext) -> tuple[str, str]:
@@ -46,9 +51,8 @@ def benchmark_scores(context: dg.AssetExecutionContext, project: DvcProject) -> 
 @dg.asset(group_name="benchmarks", kinds={"json"}, owners=["team:evaluation"], deps=[benchmark_scores])
 def leaderboard(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
     """Our scores beside the published ones, each with its rule, split and source."""
-    from medvlm.results import our_leaderboard_rows
-
     run = project.reproduce(context, "leaderboard")
-    rows = our_leaderboard_rows(project.workspace)
-    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else dg.MetadataValue.md("none")
+    path = project.workspace.leaderboard / "rows.json"
+    ours = [row for row in json.loads(path.read_text("utf-8")) if row["kind"] == "ours" and row["headline"]]
+    table = markdown_table(SHOWN, [[row[name] for name in SHOWN] for row in ours])
     return materialized(run, project.workspace.leaderboard, {"scores": table})

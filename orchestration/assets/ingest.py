@@ -1,9 +1,15 @@
 """Group `ingest`: from the URL list to figures with licences and captions."""
 
+import itertools
+
 import dagster as dg
 
+from medvlm.records import Figure
+from medvlm.store import Workspace, iterate_records, read_report
 from orchestration.metadata import markdown_table, materialized, picture
 from orchestration.resources import DvcProject
+
+CONTACT_SHEET_FIGURES = 40
 
 
 @dg.asset(group_name="ingest", kinds={"python"}, owners=["team:data"])
@@ -24,15 +30,25 @@ def figures(context: dg.AssetExecutionContext, project: DvcProject) -> dg.Materi
     Fetched from the store that params.yaml names, by the layout that PMC has had since August
     2026. A figure that cannot be had is a row with its reason.
     """
-    from medvlm.results import contact_sheet_of_figures, fetch_reasons
-
     run = project.reproduce(context, "figures", watch=True)
     workspace = project.workspace
+    report = read_report(workspace.figures)
+    details = report.details if report else {}
     return materialized(
         run,
         workspace.figures,
         {
-            "outcomes": markdown_table(("status", "rows"), list(fetch_reasons(workspace).items())),
-            "contact sheet": picture(contact_sheet_of_figures(workspace), "figures"),
+            "outcomes": markdown_table(("status", "rows"), list(details.get("by_status", {}).items())),
+            "licences": markdown_table(("licence", "figures"), list(details.get("by_licence", {}).items())),
+            "contact sheet": picture(contact_sheet_png(workspace), "The first figures"),
         },
     )
+
+
+def contact_sheet_png(workspace: Workspace) -> bytes:
+    """PNG of the first figures of the shards."""
+    # Pillow and NumPy are not for the loading of the definitions.
+    from medvlm.data.contact_sheet import contact_sheet
+
+    figures = itertools.islice(iterate_records(workspace.figure_shards, Figure), CONTACT_SHEET_FIGURES)
+    return contact_sheet(list(figures))

@@ -10,12 +10,8 @@ from orchestration.resources import DvcProject
 GPU_POOL = "gpu"
 """One training job at a time: every stage takes this pool's single slot."""
 
-every_benchmark = dg.AllPartitionMapping()
-
 
 def _train(context: dg.AssetExecutionContext, project: DvcProject, stage: int) -> dg.MaterializeResult:
-    from medvlm.results import loss_curves
-
     recipe = context.partition_key
     if recipe not in project.settings.recipes:
         raise dg.Failure(
@@ -24,8 +20,16 @@ def _train(context: dg.AssetExecutionContext, project: DvcProject, stage: int) -
         )
     project.reproduce(context, f"recipe@{recipe}")
     run = project.reproduce(context, f"stage{stage}@{recipe}", watch=True)
-    curves = loss_curves(project.workspace, recipe, stage)
-    return materialized(run, project.workspace.stage(recipe, stage), {"loss": picture(loss_plot(curves), "loss")})
+    return materialized(run, project.workspace.stage(recipe, stage), {"loss": loss_picture(project, recipe, stage)})
+
+
+def loss_picture(project: DvcProject, recipe: str, stage: int) -> dg.MarkdownMetadataValue:
+    """The loss curve of each model that a stage trained, in one plot."""
+    # pandas is not for the loading of the definitions.
+    from medvlm.results import Results
+
+    curves = [c for c in Results(project.workspace.root).curves() if (c.recipe, c.stage) == (recipe, stage)]
+    return picture(loss_plot({c.target or "all": c.points.to_dict("records") for c in curves}), "loss")
 
 
 @dg.asset(

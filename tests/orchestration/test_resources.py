@@ -1,0 +1,87 @@
+"""A DVC stage through Dagster: run once, then skipped; live progress; a failure with the command's words."""
+
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from medvlm.settings import Settings, write_settings
+from orchestration.resources import DvcProject, StageRun
+
+DVC_YAML = """
+stages:
+  plain:
+    cmd: python -c "open('plain.txt', 'w').write('1')"
+    outs: [plain.txt]
+  watched:
+    cmd: python job.py
+    deps: [plain.txt, job.py]
+    outs: [watched.txt]
+  broken:
+    cmd: python -c "import sys; print('the words of the command'); sys.exit(3)"
+"""
+
+JOB = """
+from medvlm.progress import report_progress
+for step in (1, 2, 3):
+    report_progress({"step": step, "loss": 1 / step, "ignored": [1]})
+open("watched.txt", "w").write("done")
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> DvcProject:
+    import subprocess
+
+    (tmp_path / "dvc.yaml").write_text(DVC_YAML)
+    (tmp_path / "job.py").write_text(JOB)
+    write_settings(tmp_path / "params.yaml", Settings.sample())
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    return DvcProject(root=str(tmp_path))
+
+
+def reproduce(project: DvcProject, stage: str, *, watch: bool = False) -> tuple[dg.ExecuteInProcessResult, StageRun]:
+    runs: list[StageRun] = []
+
+    @dg.asset
+    def step(context: dg.AssetExecutionContext, project: DvcProject) -> None:
+        runs.append(project.reproduce(context, stage, watch=watch))
+
+    result = dg.materialize([step], resources={"project": project}, raise_on_error=False)
+    return result, runs[0] if runs else StageRun(stage, False, "")
+
+
+def test_a_stage_runs_once_and_its_version_is_dvcs_hash(project: DvcProject) -> None:
+    _, first = reproduce(project, "plain")
+    _, again = reproduce(project, "plain")
+    assert (first.ran, again.ran) == (True, False)
+    assert first.data_version == again.data_version == "c4ca4238a0b9"  # MD5 of "1"
+
+
+def test_progress_is_seen_as_observations_of_the_asset(project: DvcProject) -> None:
+    reproduce(project, "plain")
+    result, run = reproduce(project, "watched", watch=True)
+    assert result.success and run.ran
+    losses = [
+        e.asset_observation_data.asset_observation.metadata["loss"].value for e in result.get_asset_observation_events()
+    ]
+    assert losses == [1, 1 / 2, 1 / 3]
+
+
+def test_a_failed_stage_speaks_with_the_commands_words(project: DvcProject) -> None:
+    result, _ = reproduce(project, "broken")
+    assert not result.success
+    (failure,) = [e for e in result.all_events if e.event_type_value == "STEP_FAILURE"]
+    assert "the words of the command" in str(failure.step_failure_data.user_failure_data.description)
+
+
+def test_changed_inputs_are_read_from_the_lock(project: DvcProject) -> None:
+    reproduce(project, "plain")
+    reproduce(project, "watched", watch=True)
+    assert project.changed_inputs("watched") == []
+    text = (Path(project.root) / "dvc.yaml").read_text()
+    (Path(project.root) / "dvc.yaml").write_text(text.replace("write('1')", "write('2')"))
+    reproduce(project, "plain")
+    assert project.changed_inputs("watched") == ["plain.txt"]
+    assert project.changed_inputs("never-run") == []
