@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from medvlm.data.objects import Answer, AnswerStatus, ByteBudget, StoreLimits, S
 
 if TYPE_CHECKING:
     import aiohttp
+
+    _Send = Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
 
 __all__ = ["Transport"]
 
@@ -108,6 +111,7 @@ class Transport:
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
                 auto_decompress=False,
                 trust_env=True,
+                middlewares=(_count_every_attempt,),
             )
         return self._session
 
@@ -176,6 +180,18 @@ class Transport:
         finally:
             if not kept:
                 await self.budget.release(reserved)
+
+
+async def _count_every_attempt(request: aiohttp.ClientRequest, send: _Send) -> aiohttp.ClientResponse:
+    """Keep aiohttp from repeating a request by itself when a kept-alive connection was closed."""
+    import aiohttp
+
+    try:
+        return await send(request)
+    except aiohttp.ClientSSLError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 def _seconds_until(date: str) -> float:
