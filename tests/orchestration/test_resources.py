@@ -45,8 +45,9 @@ def reproduce(project: DvcProject, stage: str, *, watch: bool = False) -> tuple[
     runs: list[StageRun] = []
 
     @dg.asset
-    def step(context: dg.AssetExecutionContext, project: DvcProject) -> None:
+    def step(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
         runs.append(project.reproduce(context, stage, watch=watch))
+        return dg.MaterializeResult()
 
     result = dg.materialize([step], resources={"project": project}, raise_on_error=False)
     return result, runs[0] if runs else StageRun(stage, False, "")
