@@ -15,6 +15,7 @@ st.set_page_config(page_title="medvlm", layout="wide", initial_sidebar_state=220
 chosen = st.navigation(
     [
         st.Page(VIEWS / "data.py", title="Data", default=True),
+        st.Page(VIEWS / "review.py", title="Review"),
         st.Page(VIEWS / "runs.py", title="Runs"),
         st.Page(VIEWS / "benchmarks.py", title="Benchmarks"),
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
 from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
 
@@ -28,6 +29,8 @@ class Check:
     name: str
     rule: str
     success: bool
+    blocks: bool
+    """Whether a break stops what comes after; else it is a warning."""
     observed: str
     expected: str
     broken_rows: int
@@ -198,24 +201,53 @@ class Results:
         return query(files, "SELECT * EXCLUDE (filename, file_row_number) FROM rows") if files else pd.DataFrame()
 
     def wrong_answers(self, recipe: str, benchmark: str, *, offset: int = 0, limit: int = 10) -> Page:
-        """Answers that the score counts as wrong, with question, right answer and image of each item."""
+        """Rows of ``WrongAnswer`` of a recipe's last stage, the worst first, with their images."""
         path = self.workspace.scores(recipe, benchmark) / "scores" / "wrong_answers.parquet"
-        source = self.source(f"benchmark/{benchmark}")
-        if not path.exists() or source is None:
+        if not path.exists():
             return Page(0, [])
-        total = pq.read_metadata(path).num_rows
         sql = "SELECT * EXCLUDE (filename, file_row_number) FROM rows LIMIT $limit OFFSET $offset"
-        wrong = dicts(query(path, sql, {"limit": limit, "offset": offset}))
-        items = source.by_id([str(row["item_id"]) for row in wrong])
-        return Page(total, [{**items.get(str(row["item_id"]), {}), **row} for row in wrong])
+        rows = dicts(query(path, sql, {"limit": limit, "offset": offset}))
+        return Page(pq.read_metadata(path).num_rows, rows)
 
     def answers(self, recipe: str, benchmark: str, ids: Sequence[str]) -> dict[str, str]:
-        """What a recipe's model answered, with the image, to some items of a benchmark."""
+        """What a recipe's model answered last, with the image, to some items of a benchmark."""
         folder = self.workspace.predictions(recipe, benchmark) / "answers"
         if not folder.is_dir() or not ids:
             return {}
-        sql = "SELECT item_id, text FROM rows WHERE NOT blind AND list_contains($ids, item_id)"
+        # Later stages come later in the files; the last answer to an item is the last stage's.
+        sql = (
+            "SELECT item_id, last(text ORDER BY filename, file_row_number) AS text FROM rows "
+            "WHERE NOT blind AND list_contains($ids, item_id) GROUP BY 1"
+        )
         return {str(row["item_id"]): str(row["text"]) for row in dicts(query(folder, sql, {"ids": list(ids)}))}
+
+    def models(self, benchmark: str) -> list[str]:
+        """The recipes that have answered a benchmark."""
+        root = self.workspace.predictions("_", "_").parent.parent
+        return [name for name in _names(root) if (self.workspace.predictions(name, benchmark) / "answers").is_dir()]
+
+    # ---------------------------------------------------------------- review
+
+    def flagged(self, source: Source) -> list[str]:
+        """Ids of rows that the contract of a table has put into quarantine, each once."""
+        name = "benchmark-items" if source.name.startswith("benchmark/") else source.name
+        path = self.workspace.contract(name) / "quarantine.parquet"
+        if not path.exists():
+            return []
+        sql = "SELECT row_id, min(file_row_number) AS place FROM rows GROUP BY 1 ORDER BY 2"
+        return [str(row) for row in query(path, sql)["row_id"]]
+
+    def disagreements(self, source: Source, first: str, second: str) -> list[str]:
+        """Ids of benchmark items to which two recipes' models gave different answers."""
+        benchmark = source.name.removeprefix("benchmark/")
+        ids = source.ids()
+        one, other = self.answers(first, benchmark, ids), self.answers(second, benchmark, ids)
+        return [i for i in ids if i in one and i in other and one[i].strip().lower() != other[i].strip().lower()]
+
+    @property
+    def journal(self) -> Journal:
+        """The reviewers' decisions."""
+        return Journal(self.workspace)
 
     def leaderboard(self) -> list[dict[str, Any]]:
         """The rows of the leaderboard, published numbers beside ours; empty before it was made."""
@@ -257,11 +289,16 @@ def _check(check: Mapping[str, Any]) -> Check:
         name=str(check["name"]),
         rule=str(check.get("rule", "")),
         success=bool(check["success"]),
+        blocks=check.get("severity", "fail") == "fail",
         observed=_shown(check.get("observed")),
         expected=_shown(check.get("expected")),
         broken_rows=int(check.get("broken_rows") or 0),
-        examples=tuple(_shown(example) for example in check.get("examples") or ()),
+        examples=tuple(_example(example) for example in check.get("examples") or ()),
     )
+
+
+def _example(example: Any) -> str:
+    return f"{example['row_id']}: {example['value']}" if isinstance(example, Mapping) else _shown(example)
 
 
 def _shown(value: Any) -> str:

@@ -195,17 +195,12 @@ def picture_section() -> None:
         empty("There are no pictures yet.")
         return
     top = st.columns([2, 3])
-    name = top[0].selectbox(
-        "Table",
-        list(sources),
-        format_func=lambda n: f"{n} · {sources[n].rows:,} rows",
-        key="table",
-        bind="query-params",
-    )
+    name = top[0].selectbox("Table", list(sources), key="table", bind="query-params")
     search = top[1].text_input(
         "Search in the text", key="search", placeholder="a word of the caption, question or answer"
     )
     source = sources[name]
+    st.caption(f"{source.rows:,} rows, {count(source.bytes, 'B')} in {escaped(source.folder.name)}")
     where: list[tuple[str, tuple[str, ...]]] = []
     with st.container(horizontal=True):
         for column in source.facets:

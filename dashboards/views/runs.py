@@ -92,7 +92,7 @@ def _lines(
     )
     layers = [line, points.add_params(hover)]
     if raw:
-        layers.insert(0, base.mark_line(strokeWidth=1).encode(y="raw:Q", opacity=alt.value(0.18)))
+        layers.insert(0, base.mark_line(strokeWidth=1).encode(y="raw:Q", opacity=alt.value(0.3)))
     return alt.layer(*layers).properties(height=height)
 
 
@@ -162,6 +162,7 @@ def body() -> None:
     st.dataframe(
         _table(chosen),
         hide_index=True,
+        placeholder="",
         column_config={
             "Loss": st.column_config.LineChartColumn(width=110),
             "Stage": st.column_config.NumberColumn(width="small"),
@@ -193,7 +194,7 @@ def _further(chosen: list[Curve], names: list[str]) -> None:
             with cell:
                 st.subheader(title, anchor=False)
                 table = _long(chosen, column, 0)
-                chart = _lines(table, title.lower(), names, height=240, legend=len(shown) == 1)
+                chart = _lines(table, title.lower(), names, height=240, legend=False)
                 st.altair_chart(chart, alt=f"{title} by step")
 
 

@@ -1,0 +1,309 @@
+"""One record at a time: accept, reject with a reason, edit, flag; every key press is a saved decision."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from dashboards.frame import empty, escaped, foreign_text, picture, results, show, stamp, tidy, turns_of, web_link
+from medvlm.errors import InputError, MedVLMError
+from medvlm.results import Results, Source
+from medvlm.review import Action, Decision, agreement, standing
+
+# Key → label and why a record is rejected. One key press is one decision.
+REASONS = {
+    "1": ("Text unfit", "the text does not fit the image"),
+    "2": ("Not medical", "not a medical image"),
+    "3": ("Panels", "several panels in one image"),
+    "4": ("Unreadable", "unreadable or cut off"),
+    "5": ("Wrong", "a wrong or unsafe statement"),
+}
+QUEUES = {
+    "random": "Random order",
+    "flagged": "Flagged by the contract",
+    "opinion": "Second opinion: judged by others",
+    "disagree": "Two models disagree",
+}
+
+
+@st.cache_data(max_entries=16, show_spinner="Drawing the queue …")
+def _ids(at: str, root: str, source: str, where: tuple[tuple[str, tuple[str, ...]], ...]) -> list[str]:
+    del at
+    table = Results(Path(root)).source(source)
+    return table.ids(where=dict(where)) if table else []
+
+
+@st.cache_data(max_entries=2, show_spinner="Reading the decisions …")
+def _decisions(at: tuple[int, int], root: str) -> list[Decision]:
+    del at
+    return Results(Path(root)).journal.read()
+
+
+@st.cache_data(max_entries=8, show_spinner="Comparing the answers …")
+def _disagreements(at: str, root: str, source: str, first: str, second: str) -> list[str]:
+    del at
+    reader = Results(Path(root))
+    table = reader.source(source)
+    return reader.disagreements(table, first, second) if table else []
+
+
+@st.cache_data(max_entries=64, show_spinner="Opening the record …")
+def _record(at: str, root: str, source: str, record_id: str) -> dict[str, Any] | None:
+    del at
+    table = Results(Path(root)).source(source)
+    return table.by_id([record_id]).get(record_id) if table else None
+
+
+def reviewer() -> str:
+    """Who decides: the name that was typed in, kept for the session."""
+    return st.text_input(
+        "Your name", key="reviewer", placeholder="signs every decision", persist_state="session"
+    ).strip()
+
+
+def texts_shown(row: dict[str, Any], source: Source) -> tuple[str, ...]:
+    """The texts a decision is about: a caption, or each turn. Mentions are context, not judged."""
+    return tuple(text for speaker, text in turns_of(row, source) if speaker != "mention")
+
+
+def decide(who: str, source: str, record_id: str, action: Action, before: Sequence[str], reason: str = "") -> None:
+    """Save one decision; what goes wrong is shown on the page, and the record stays where it is."""
+    note = str(st.session_state.get("note", "")).strip()
+    words = ": ".join(part for part in (reason, note) if part)
+    after: tuple[str, ...] = ()
+    try:
+        if action == "edit":
+            after = tuple(str(st.session_state[f"edit-{record_id}-{n}"]) for n in range(len(before)))
+            _check_marks(before, after)
+        results().journal.decide(who, source, record_id, action, reason=words, before=before, after=after)
+    except MedVLMError as error:
+        st.session_state["refused"] = error
+        return
+    st.session_state["note"] = ""
+    st.session_state["editing"] = st.session_state["focus"] = None
+    st.toast(f"Saved: {tidy(action)} {escaped(record_id)}")
+
+
+def _check_marks(before: Sequence[str], after: Sequence[str]) -> None:
+    for old, new in zip(before, after, strict=True):
+        if old.count("<image>") != new.count("<image>"):
+            raise InputError(
+                "the edit adds or removes an <image> mark", where="the text above", hint="leave <image> where it was"
+            )
+        if old.strip() and not new.strip():
+            raise InputError("the edit leaves an empty text", where="the text above", hint="reject the record instead")
+
+
+def undo(who: str) -> None:
+    """Take the reviewer's last decision back and show its record again."""
+    try:
+        last = results().journal.undo(who)
+    except MedVLMError as error:
+        st.session_state["refused"] = error
+        return
+    if last:
+        st.session_state["focus"] = last.record_id
+        st.session_state.setdefault("skipped", set()).discard((last.source, last.record_id))
+        st.toast(f"Taken back: {tidy(last.action)} {escaped(last.record_id)}")
+    else:
+        st.toast("There is nothing to take back.")
+
+
+def skip(source: str, record_id: str) -> None:
+    """Leave a record for later in this session."""
+    st.session_state.setdefault("skipped", set()).add((source, record_id))
+    st.session_state["editing"] = st.session_state["focus"] = None
+
+
+def edit(record_id: str | None) -> None:
+    """Open the text of a record for editing, or close it."""
+    st.session_state["editing"] = record_id
+
+
+def _choose(sources: dict[str, Source]) -> tuple[str, Source, list[str]]:
+    """Reviewer, table and queue."""
+    reader, root, at = results(), str(results().workspace.root), stamp()
+    left, middle, right = st.columns([2, 3, 3], vertical_alignment="bottom")
+    with left:
+        who = reviewer()
+    preferred = next((i for i, name in enumerate(sources) if name == "instruct"), 0)
+    name = middle.selectbox(
+        "Table",
+        list(sources),
+        index=preferred,
+        key="review-table",
+        bind="query-params",
+    )
+    source = sources[name]
+    models = reader.models(name.removeprefix("benchmark/")) if source.kind == "items" else []
+    kinds = [kind for kind in QUEUES if kind != "disagree" or len(models) > 1]
+    kind = right.selectbox("Queue", kinds, format_func=QUEUES.__getitem__, key="queue")
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    if kind == "flagged":
+        return who, source, reader.flagged(source)
+    if kind == "opinion":
+        heard = standing(_decisions(reader.journal.stamp(), root))
+        return who, source, list(dict.fromkeys(d.record_id for d in heard if d.source == name and d.who != who))
+    if kind == "disagree":
+        pair = st.multiselect("Models", models, default=models[:2], max_selections=2, key="pair")
+        return who, source, _disagreements(at, root, name, *pair) if len(pair) == 2 else []
+    with st.expander("Only a slice"), st.container(horizontal=True):
+        for column in source.facets:
+            values = [str(value) for value in source.facet(column)["value"]]
+            if len(values) > 1:
+                picked = st.multiselect(tidy(column).capitalize(), values, key=f"slice-{name}-{column}")
+                where += ((column, tuple(picked)),)
+    return who, source, _ids(at, root, name, where)
+
+
+def body() -> None:
+    """The chosen queue's next record."""
+    sources = {source.name: source for source in results().sources()}
+    if not sources:
+        empty("There is nothing to review yet.")
+        return
+    who, source, queue = _choose(sources)
+    root = str(results().workspace.root)
+    heard = _decisions(results().journal.stamp(), root)
+    mine = {d.record_id for d in standing(heard) if d.who == who and d.source == source.name}
+    skipped = {record for table, record in st.session_state.get("skipped", set()) if table == source.name}
+    done = sum(record in mine for record in queue)
+    if queue:
+        st.progress(done / len(queue), f"{done:,} of {len(queue):,} judged by you")
+    # One place for messages, so that what stands below keeps its place whether there is one or not.
+    with st.container():
+        refused = st.session_state.pop("refused", None)
+        if refused:
+            st.error(f"**{escaped(refused.what)}** Next: {escaped(refused.hint)}.")
+        if not who:
+            st.info("Enter your name to begin: it signs every decision.")
+    focus = st.session_state.get("focus")
+    waiting = (record for record in queue if record not in mine and record not in skipped)
+    record_id = focus if focus in queue and focus not in mine else next(waiting, None)
+    row = _record(stamp(), root, source.name, record_id) if record_id else None
+    if record_id is None:
+        st.success("This queue is done." if queue else "This queue is empty.")
+        if skipped and st.button(f"Go through the {len(skipped):,} skipped ones"):
+            st.session_state["skipped"] = set()
+            st.rerun()
+    elif row is None:
+        st.warning(f"The record {escaped(record_id)} is no longer in this table.")
+        st.button("Skip", on_click=skip, args=(source.name, record_id), shortcut="s")
+    else:
+        _show_record(who, source, record_id, row)
+    with st.container(horizontal=True):
+        st.button("Undo my last decision", shortcut="u", on_click=undo, args=(who,), disabled=not who)
+    _progress(heard, source)
+
+
+def _show_record(who: str, source: Source, record_id: str, row: dict[str, Any]) -> None:
+    before = texts_shown(row, source)
+    image, words = st.columns([5, 6], gap="large")
+    with image:
+        picture(row["image"]["bytes"], max_px=1024, alt=record_id)
+    with words:
+        _facts(row, record_id)
+        if st.session_state.get("editing") == record_id:
+            _editor(who, source, record_id, row, before)
+            return
+        _words(row, source)
+        _buttons(who, source, record_id, before)
+
+
+def _facts(row: dict[str, Any], record_id: str) -> None:
+    names = ("modality", "licence", "language", "source", "dataset", "pmcid", "label", "split", "answer_type")
+    facts = [record_id, *(tidy(str(row[name])) for name in names if row.get(name))]
+    st.caption(escaped(" · ".join(facts)))
+    if row.get("retracted"):
+        st.error("This article was retracted.")
+    if row.get("source_url"):
+        web_link("Open the article", str(row["source_url"]))
+
+
+def _words(row: dict[str, Any], source: Source) -> None:
+    pairs = turns_of(row, source)
+    with st.container(border=True, gap="small"):
+        for speaker, text in pairs:
+            if speaker != "mention":
+                with st.container(gap="xxsmall"):
+                    st.caption(speaker)
+                    foreign_text(text.removeprefix("<image>\n"))
+    mentions = [text for speaker, text in pairs if speaker == "mention"]
+    if mentions:
+        with st.expander(f"Mentions in the article ({len(mentions)})", expanded=True):
+            for text in mentions:
+                foreign_text(text)
+
+
+def _buttons(who: str, source: Source, record_id: str, before: tuple[str, ...]) -> None:
+    off = not who
+    common = {"on_click": decide, "disabled": off, "width": "stretch"}
+    first = st.columns(4)
+    args = (who, source.name, record_id)
+    first[0].button("Accept", shortcut="a", type="primary", args=(*args, "accept", before), **common)
+    first[1].button("Edit", shortcut="e", on_click=edit, args=(record_id,), disabled=off, width="stretch")
+    first[2].button("Flag privacy", shortcut="p", args=(*args, "flag_privacy", before), **common)
+    first[3].button("Skip", shortcut="s", on_click=skip, args=(source.name, record_id), width="stretch")
+    st.caption("Reject, because")
+    for start in (0, 3):
+        for cell, (key, (label, reason)) in zip(st.columns(3), list(REASONS.items())[start : start + 3], strict=False):
+            cell.button(
+                label, shortcut=key, help=reason, args=(*args, "reject", before, reason), key=f"why-{key}", **common
+            )
+    note = st.text_input("Note", key="note", placeholder="goes with the decision; alone it is a reason too")
+    if note.strip():
+        st.button("Reject for this note", args=(*args, "reject", before), **common)
+
+
+def _editor(who: str, source: Source, record_id: str, row: dict[str, Any], before: tuple[str, ...]) -> None:
+    speakers = [speaker for speaker, _ in turns_of(row, source) if speaker != "mention"]
+    for n, (speaker, text) in enumerate(zip(speakers, before, strict=True)):
+        height = min(320, max(80, 28 * (1 + len(text) // 60 + text.count("\n"))))
+        st.text_area(speaker.capitalize(), text, key=f"edit-{record_id}-{n}", height=height)
+    save, cancel = st.columns(2)
+    args = (who, source.name, record_id, "edit", before)
+    save.button("Save and accept", shortcut="ctrl+enter", type="primary", on_click=decide, args=args, width="stretch")
+    cancel.button("Cancel", shortcut="escape", on_click=edit, args=(None,), width="stretch")
+
+
+def _progress(heard: list[Decision], source: Source) -> None:
+    here = [d for d in standing(heard) if d.source == source.name]
+    if not here:
+        return
+    st.subheader("Reviewers", anchor=False)
+    counts = Counter((d.who, d.action) for d in here)
+    people = sorted({d.who for d in here})
+    names = {"accept": "Accepted", "edit": "Edited", "reject": "Rejected", "flag_privacy": "Privacy"}
+    left, right = st.columns(2, gap="large")
+    table = [{"Reviewer": p, **{title: counts[p, action] for action, title in names.items()}} for p in people]
+    left.dataframe(pd.DataFrame(table), hide_index=True)
+    pairs = agreement(heard, source.name)
+    if pairs:
+        right.dataframe(
+            pd.DataFrame(
+                {
+                    "Reviewers": [f"{pair.first} and {pair.second}" for pair in pairs],
+                    "Both judged": [pair.records for pair in pairs],
+                    "Agree": [100 * pair.observed for pair in pairs],
+                    "Cohen's kappa": [pair.kappa for pair in pairs],
+                }
+            ),
+            hide_index=True,
+            placeholder="",
+            column_config={
+                "Agree": st.column_config.NumberColumn(format="%.0f %%"),
+                "Cohen's kappa": st.column_config.NumberColumn(
+                    format="%.2f", help="Agreement beyond chance, 1 is full"
+                ),
+            },
+        )
+    else:
+        right.caption("Agreement appears here once two reviewers have judged the same record.")
+
+
+show("Review", "One record at a time. Every decision is saved at once and the next dataset obeys it.", body)

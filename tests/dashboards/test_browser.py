@@ -1,0 +1,167 @@
+"""The dashboard in a real browser: every page opens, keys decide, foreign text stays text, nothing calls out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from workspace_builder import build_workspace
+
+from medvlm import RESEARCH_USE_ONLY
+from medvlm.review import Journal
+from medvlm.store import Workspace
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+VIEWS = {
+    "data": "Data",
+    "data?section=Contracts": "Data",
+    "data?section=Pictures": "Data",
+    "review": "Review",
+    "runs": "Runs",
+    "benchmarks": "Benchmarks",
+}
+SCREENSHOTS = os.environ.get("MEDVLM_SCREENSHOTS")
+"""Folder where screenshots are kept; a test never writes into the repository by itself."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        return Workspace(Path(os.environ["MEDVLM_WORKSPACE"]))
+    return build_workspace(tmp_path_factory.mktemp("browser") / "workspace")
+
+
+@pytest.fixture(scope="module")
+def address(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """A running dashboard, started as the README says but from another folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = REPOSITORY / "dashboards" / "app.py"
+    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
+    log = tmp_path_factory.mktemp("log") / "streamlit.log"
+    environment = {**os.environ, "MEDVLM_WORKSPACE": str(workspace.root)}
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(150):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
+                    break
+            except OSError:
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Generator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Generator[tuple[Page, list[str]]]:
+    """A page and the addresses outside this machine that it asked for."""
+    page = browser.new_page(viewport={"width": 1360, "height": 900})
+    page.set_default_timeout(30_000)
+    outside: list[str] = []
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith(("http://127.0.0.1", "data:", "blob:")) else outside.append(r.url),
+    )
+    yield page, outside
+    page.close()
+
+
+def ready(page: Page) -> None:
+    """Wait until the script has run to its end."""
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+
+
+def keep(page: Page, name: str) -> None:
+    """A screenshot of the whole page, where a folder for them was given."""
+    if not SCREENSHOTS:
+        return
+    page.wait_for_timeout(1500)  # charts and images fade in
+    height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
+    page.set_viewport_size({"width": 1360, "height": min(1800, max(760, height))})
+    page.wait_for_timeout(800)
+    page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+
+
+@pytest.mark.parametrize("path", VIEWS)
+def test_every_page_opens_by_its_address_with_the_notice_and_nothing_from_outside(
+    path: str, address: str, page: tuple[Page, list[str]]
+) -> None:
+    tab, outside = page
+    tab.goto(f"{address}/{path}")
+    expect(tab.get_by_role("heading", level=1)).to_have_text(VIEWS[path])
+    ready(tab)
+    expect(tab.get_by_text(RESEARCH_USE_ONLY)).to_be_visible()
+    expect(tab.get_by_test_id("stException")).to_have_count(0)
+    # st.navigation and not Streamlit's own list of files.
+    expect(tab.get_by_test_id("stSidebarNavLink").first).to_have_text("Data")
+    # Hostile captions and answers are on these pages: no link, no script, no picture came of them.
+    assert tab.title() != "owned"
+    assert tab.locator("[href*='evil.example'], [src*='evil.example'], [href^='javascript']").count() == 0
+    assert outside == []
+    keep(tab, path.replace("?section=", "-").lower())
+
+
+def test_keys_decide_and_typing_a_note_does_not(
+    address: str, page: tuple[Page, list[str]], workspace: Workspace
+) -> None:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        pytest.skip("a workspace that was given is not decided about")
+    tab, _ = page
+    tab.goto(f"{address}/review")
+    expect(tab.get_by_role("button", name="Accept")).to_be_disabled()
+    ready(tab)
+    tab.get_by_label("Your name").fill("ann")
+    tab.get_by_label("Your name").press("Enter")
+    progress = tab.get_by_test_id("stProgress")
+    expect(progress).to_contain_text("0 of 60")
+    expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
+    tab.get_by_role("heading", level=1).click()  # out of the text field
+    tab.keyboard.press("a")
+    expect(progress).to_contain_text("1 of 60")
+    tab.keyboard.press("4")
+    expect(progress).to_contain_text("2 of 60")
+    tab.get_by_label("Note").click()
+    tab.keyboard.type("a paused pass 12")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("button", name="Reject for this note")).to_be_visible()
+    ready(tab)
+    assert [d.action for d in Journal(workspace).read()] == ["accept", "reject"]
+    tab.get_by_role("heading", level=1).click()
+    tab.keyboard.press("u")
+    expect(progress).to_contain_text("1 of 60")
+    assert [d.action for d in Journal(workspace).read()] == ["accept", "reject", "undo"]

@@ -1,0 +1,164 @@
+"""Review as a person does it: one record after the other, by button, with undo and two people."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from test_pages import everything, open_page
+from workspace_builder import HOSTILE
+
+from medvlm.records import Sample
+from medvlm.results import Results
+from medvlm.review import Journal, obey, texts_of, verdicts
+from medvlm.store import Workspace, read_records
+
+Opened = Callable[..., AppTest]
+
+
+@pytest.fixture
+def workspace(built_workspace: Path, tmp_path: Path) -> Workspace:
+    """A copy that may be decided about."""
+    shutil.copytree(built_workspace, tmp_path / "copy")
+    return Workspace(tmp_path / "copy")
+
+
+@pytest.fixture
+def review(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    def opened(who: str = "ann", **state: object) -> AppTest:
+        return open_page("review", workspace.root, monkeypatch, reviewer=who, **state)
+
+    return opened
+
+
+def press(page: AppTest, label: str) -> AppTest:
+    next(button for button in page.button if button.label == label).click().run()
+    assert not page.exception
+    return page
+
+
+def shown(page: AppTest) -> str:
+    """The id of the record on the page."""
+    return next(c.value for c in page.caption if "instruct\\-" in c.value).split(" ")[0].replace("\\", "")
+
+
+def test_nobody_decides_without_a_name(review: Opened, workspace: Workspace) -> None:
+    page = review(who="")
+    assert next(b for b in page.button if b.label == "Accept").disabled
+    assert "Enter your name" in page.info[0].value
+
+
+def test_each_decision_is_saved_with_what_was_seen_and_the_next_record_comes(
+    review: Opened, workspace: Workspace
+) -> None:
+    page = review()
+    queue = Results(workspace.root).source("instruct").ids()
+    assert shown(page) == queue[0]
+    press(page, "Accept")
+    assert shown(page) == queue[1]
+    page.text_input(key="note").set_value("arrow is missing")
+    page.button(key="why-1").click().run()
+    assert shown(page) == queue[2]
+    press(page, "Flag privacy")
+    decisions = Journal(workspace).read()
+    assert [(d.who, d.record_id, d.action) for d in decisions] == [
+        ("ann", queue[0], "accept"),
+        ("ann", queue[1], "reject"),
+        ("ann", queue[2], "flag_privacy"),
+    ]
+    assert decisions[1].reason == "the text does not fit the image: arrow is missing"
+    assert decisions[2].reason == ""  # the note belonged to the record before
+    samples = {s.sample_id: s for s in read_records(workspace.samples("instruct"), Sample)}
+    assert all(d.before == texts_of(samples[d.record_id]) for d in decisions)
+    assert "3 of 60 judged by you" in page.get("progress")[0].proto.text
+
+
+def test_an_edit_reaches_the_next_dataset(review: Opened, workspace: Workspace) -> None:
+    page = review()
+    record = shown(page)
+    press(page, "Edit")
+    page.text_area(key=f"edit-{record}-1").set_value("A corrected answer.")
+    press(page, "Save and accept")
+    assert shown(page) != record
+    samples = read_records(workspace.samples("instruct"), Sample)
+    built = {s.sample_id: s for s in obey(samples, verdicts(Journal(workspace).read(), "instruct"))}
+    assert built[record].turns[1].text == "A corrected answer."
+    assert built[record].turns[0].text.startswith("<image>\n")
+
+
+def test_an_edit_that_breaks_the_sample_is_refused_and_nothing_is_saved(review: Opened, workspace: Workspace) -> None:
+    page = review()
+    record = shown(page)
+    press(page, "Edit")
+    page.text_area(key=f"edit-{record}-0").set_value("What is this?")
+    press(page, "Save and accept")
+    assert "<image" not in page.error[0].value.replace("\\<", "") and "mark" in page.error[0].value
+    assert shown(page) == record
+    assert Journal(workspace).read() == []
+    press(page, "Cancel")
+    press(page, "Edit")
+    press(page, "Save and accept")
+    assert "changes nothing" in page.error[0].value
+
+
+def test_undo_brings_the_record_back_and_skip_leaves_it_for_later(review: Opened, workspace: Workspace) -> None:
+    page = review()
+    first = shown(page)
+    press(page, "Accept")
+    second = shown(page)
+    press(page, "Skip")
+    third = shown(page)
+    press(page, "Undo my last decision")
+    assert shown(page) == first
+    press(page, "Accept")
+    assert shown(page) == third
+    assert second not in {d.record_id for d in Journal(workspace).read()}
+
+
+def test_two_people_see_their_own_progress_and_how_far_they_agree(review: Opened, workspace: Workspace) -> None:
+    ann = review("ann")
+    press(ann, "Accept")
+    ann.button(key="why-2").click().run()
+    bo = review("bo", queue="opinion")
+    assert "0 of 2 judged by you" in bo.get("progress")[0].proto.text
+    press(bo, "Accept")
+    press(bo, "Accept")
+    assert "This queue is done." in bo.success[0].value
+    people, pairs = bo.dataframe[0].value, bo.dataframe[1].value
+    assert people.to_dict("list") == {
+        "Reviewer": ["ann", "bo"],
+        "Accepted": [1, 2],
+        "Edited": [0, 0],
+        "Rejected": [1, 0],
+        "Privacy": [0, 0],
+    }
+    assert pairs["Both judged"].to_list() == [2]
+    assert pairs["Agree"].to_list() == [50.0]
+    assert pairs["Cohen's kappa"].to_list() == [0.0]
+
+
+def test_the_contract_queue_and_the_disagreement_queue(review: Opened) -> None:
+    page = review(queue="flagged")
+    assert shown(page) == "instruct-0000"
+    assert HOSTILE in [text.value for text in page.text]
+    assert "<script" not in everything(page).replace(HOSTILE, "")
+    page = review(**{"review-table": "benchmark/slake", "queue": "disagree"})
+    assert "This queue is empty." in page.success[0].value  # both models say the same in the fixture
+
+
+def test_a_full_disk_keeps_the_record_on_the_page(
+    review: Opened, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = review()
+    record = shown(page)
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medvlm.review.os.fsync", disk_full)
+    press(page, "Accept")
+    assert "was not saved" in page.error[0].value
+    assert shown(page) == record
