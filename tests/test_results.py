@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as Picture
 
 from medvlm.errors import InputError, WorkspaceError
-from medvlm.records import Image, Sample, Turn, VQAItem, schema_of
+from medvlm.records import Image, Prediction, QuarantinedRow, Sample, Turn, VQAItem, schema_of, to_row
 from medvlm.results import Results, score_board, thumbnail
 from medvlm.store import Report, Workspace, write_json, write_records, write_report
 
@@ -140,14 +140,24 @@ def test_a_shard_of_another_version_is_an_error_and_not_a_crash(workspace: Works
 
 def test_contracts_come_broken_first(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    check = {"name": "c", "rule": "r", "success": True, "observed": 0.98765, "expected": None, "broken_rows": 0}
+    check = {
+        "name": "c",
+        "rule": "r",
+        "success": True,
+        "severity": "warn",
+        "observed": 0.98765,
+        "expected": None,
+        "broken_rows": 1,
+        "examples": [{"row_id": "x", "value": "y"}],
+    }
     for name, success in (("a", True), ("b", False)):
         result = {"contract": name, "success": success, "checks": [{**check, "success": success}], "rows": 7}
         write_json(workspace.contract(name) / "result.json", result)
     contracts = Results(tmp_path).contracts()
     assert [contract.name for contract in contracts] == ["b", "a"]
     assert [check.name for check in contracts[0].failed] == ["c"]
-    assert (contracts[1].checks[0].observed, contracts[1].checks[0].expected) == ("0.9877", "")
+    (seen,) = contracts[1].checks
+    assert (seen.observed, seen.expected, seen.examples, seen.blocks) == ("0.9877", "", ("x: y",), False)
 
 
 @pytest.mark.parametrize(
@@ -175,18 +185,50 @@ def test_the_board_joins_the_blind_score_and_tells_stages_apart() -> None:
     assert board["gain"][0] == 30
 
 
-def test_wrong_answers_bring_the_item_and_its_image(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    image = Image(b"picture", "a.png")
-    item = VQAItem(
-        "q7", "slake", "test", image, "a", "", "", "Is it?", "yes", "closed", False, "presence", "ct", "lung", "en"
-    )
-    write_records(workspace.items("slake"), VQAItem, [item])
-    folder = workspace.scores("tiny", "slake") / "scores"
+def test_wrong_answers_come_in_pages_with_their_images(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).scores("tiny", "slake") / "scores"
     folder.mkdir(parents=True)
-    pq.write_table(pa.table({"item_id": ["q7"], "text": ["no"]}), folder / "wrong_answers.parquet")
-    (row,) = Results(tmp_path).wrong_answers("tiny", "slake").rows
-    assert (row["question"], row["answer"], row["text"], row["image"]["bytes"]) == ("Is it?", "yes", "no", b"picture")
+    image = {"bytes": b"picture", "path": "a.png"}
+    rows = [{"item_id": f"q{n}", "prediction": "no", "image": image} for n in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "wrong_answers.parquet")
+    page = Results(tmp_path).wrong_answers("tiny", "slake", offset=3, limit=10)
+    assert page.total == 5
+    assert [row["item_id"] for row in page.rows] == ["q3", "q4"]
+    assert bytes(page.rows[0]["image"]["bytes"]) == b"picture"
+
+
+def answer(item_id: str, text: str, *, model: str = "one", blind: bool = False) -> Prediction:
+    return Prediction(item_id, "slake", model, "finetune", blind, "", text)
+
+
+def test_answers_are_the_last_stages_with_the_image_and_disagreements_compare_them(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    items = [
+        VQAItem(f"q{n}", "slake", "test", Image(b"", ""), "", "", "", "?", "a", "closed", False, "", "", "", "en")
+        for n in range(3)
+    ]
+    write_records(workspace.items("slake"), VQAItem, items)
+    one = [answer("q0", "early"), answer("q0", "yes"), answer("q0", "blind", blind=True), answer("q1", "No ")]
+    write_records(workspace.predictions("one", "slake") / "answers", Prediction, one)
+    two = [answer("q0", "no"), answer("q1", "no"), answer("q2", "only two")]
+    write_records(workspace.predictions("two", "slake") / "answers", Prediction, two)
+    results = Results(tmp_path)
+    source = results.source("benchmark/slake")
+    assert source is not None
+    assert results.models("slake") == ["one", "two"]
+    assert results.answers("one", "slake", ["q0", "q1", "q2"]) == {"q0": "yes", "q1": "No "}
+    assert results.disagreements(source, "one", "two") == ["q0"]
+
+
+def test_flagged_rows_are_those_in_quarantine_each_once(workspace: Workspace) -> None:
+    results = Results(workspace.root)
+    source = results.source("instruct")
+    assert source is not None and results.flagged(source) == []
+    folder = workspace.contract("instruct")
+    folder.mkdir(parents=True)
+    rows = [QuarantinedRow("instruct", rule, row, "") for rule, row in [("a", "s2"), ("a", "s1"), ("b", "s2")]]
+    pq.write_table(pa.Table.from_pylist([to_row(row) for row in rows]), folder / "quarantine.parquet")
+    assert results.flagged(source) == ["s2", "s1"]
 
 
 def test_thumbnails_fit_and_keep_16_bit_greys() -> None:

@@ -163,27 +163,27 @@ def _wrong_answers(benchmark: str, models: list[str]) -> None:
         st.info("No wrong answers are listed for this model.")
         return
     ids = tuple(str(row["item_id"]) for row in page.rows)
-    given = _answers(at, root, first, benchmark, ids)
     beside = _answers(at, root, second, benchmark, ids) if second != "none" else {}
     for row in page.rows:
-        _wrong_answer(row, first, given.get(str(row["item_id"])), second, beside.get(str(row["item_id"])))
+        shown = [("Right answer", str(row["answer"])), (first, str(row["prediction"]))]
+        if row.get("blind_prediction") is not None:
+            shown.append((f"{first}, blind", str(row["blind_prediction"])))
+        if second != "none":
+            shown.append((second, beside.get(str(row["item_id"]), "(no answer)")))
+        _wrong_answer(row, shown)
     choose_page(page.total, ANSWERS_A_PAGE, key=key)
 
 
-def _wrong_answer(row: dict[str, Any], first: str, given: str | None, second: str, beside: str | None) -> None:
+def _wrong_answer(row: dict[str, Any], shown: list[tuple[str, str]]) -> None:
     with st.container(border=True):
         image, words = st.columns([1, 4], gap="medium")
         with image:
-            if "image" in row:
-                picture(row["image"]["bytes"], max_px=320, alt=str(row["item_id"]))
+            picture(bytes(row["image"]["bytes"]), max_px=320, alt=str(row["item_id"]))
         with words.container(gap="small"):
-            facts = [row["item_id"], *(row.get(name) for name in ("answer_type", "question_type", "modality", "organ"))]
-            st.caption(escaped(" · ".join(tidy(str(fact)) for fact in facts if fact)))
-            foreign_text(row.get("question", ""))
-            columns = st.columns(3 if beside is not None else 2)
-            shown = [("Right answer", row.get("answer", "")), (first, given or str(row.get("text", "")))]
-            shown += [(second, beside)] if beside is not None else []
-            for column, (who, text) in zip(columns, shown, strict=True):
+            names = ("item_id", "answer_type", "question_type", "modality", "organ")
+            st.caption(escaped(" · ".join(tidy(str(row[name])) for name in names if row.get(name))))
+            foreign_text(str(row["question"]))
+            for column, (who, text) in zip(st.columns(len(shown)), shown, strict=True):
                 with column.container(gap="xxsmall"):
                     st.caption(escaped(who))
                     foreign_text(text or "(nothing)", limit=600)

@@ -165,11 +165,14 @@ def test_benchmarks_put_the_blind_baseline_beside_each_score(
 def test_wrong_answers_of_two_models_stand_side_by_side(built_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = open_page("benchmarks", built_workspace, monkeypatch)
     said = [text.value for text in page.text]
-    place = said.index("Which organ is shown? <b>bold</b>")
-    assert said[place : place + 4] == ["Which organ is shown? <b>bold</b>", "liver", "the lung", "the lung"]
+    question = "Which organ is shown? <b>bold</b>"
+    place = said.index(question)
+    assert said[place : place + 5] == [question, "liver", "the lung", "unclear", "the lung"]
     page.selectbox(key="wrong-beside").select("none").run()
     said = [text.value for text in page.text]
-    assert said[place - 1 : place + 2] == ["Which organ is shown? <b>bold</b>", "liver", "the lung"]
+    place = said.index(question)
+    assert said[place : place + 4] == [question, "liver", "the lung", "unclear"]
+    assert said[place + 4] != "the lung"
 
 
 def test_escaping_leaves_no_mark_that_markdown_reads() -> None:

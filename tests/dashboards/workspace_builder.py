@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFilter
 
+from medvlm.evaluation.leaderboard import write_leaderboard
 from medvlm.records import (
     FetchOutcome,
     Figure,
@@ -24,6 +25,7 @@ from medvlm.records import (
     Score,
     Turn,
     VQAItem,
+    WrongAnswer,
     schema_of,
     to_row,
 )
@@ -199,6 +201,29 @@ def _write_runs(workspace: Workspace) -> None:
         )
 
 
+def _wrong_answer(item: VQAItem, recipe: str, text: str) -> dict:
+    answer = WrongAnswer(
+        item_id=item.item_id,
+        benchmark=item.benchmark,
+        model=recipe,
+        stage="finetune",
+        answer_type=item.answer_type,
+        question=item.question,
+        answer=item.answer,
+        prediction=text,
+        blind_prediction="unclear",
+        rule="whole_word" if item.answer_type == "closed" else "token.recall",
+        score=0.0,
+        question_type=item.question_type,
+        modality=item.modality,
+        organ=item.organ,
+        language=item.language,
+        image_id=item.image_id,
+        image=item.image,
+    )
+    return to_row(answer)
+
+
 def _write_scores(workspace: Workspace) -> None:
     for r, recipe in enumerate(("tiny-llava-med", "tiny-cliva-med-phi2")):
         for b, benchmark in enumerate(("slake", "vqa-rad")):
@@ -243,11 +268,13 @@ def _write_scores(workspace: Workspace) -> None:
                 answers.append(Prediction(f"{benchmark}-{n}", benchmark, recipe, "finetune", False, "q", text))
                 answers.append(Prediction(f"{benchmark}-{n}", benchmark, recipe, "finetune", True, "q", "unclear"))
                 if n % 3 == 0:
-                    wrong.append({"item_id": f"{benchmark}-{n}", "text": text, "rule": "whole_word", "value": 0.0})
+                    wrong.append(_wrong_answer(_item(n, benchmark), recipe, text))
             folder = workspace.scores(recipe, benchmark)
             write_records(folder / "scores", Score, scores)
             (folder / "scores" / "part-00000.parquet").rename(folder / "scores" / "scores.parquet")
-            pq.write_table(pa.Table.from_pylist(wrong), folder / "scores" / "wrong_answers.parquet")
+            pq.write_table(
+                pa.Table.from_pylist(wrong, schema=schema_of(WrongAnswer)), folder / "scores" / "wrong_answers.parquet"
+            )
             write_records(workspace.predictions(recipe, benchmark) / "answers", Prediction, answers)
 
 
@@ -264,4 +291,5 @@ def build_workspace(root: Path) -> Workspace:
     _write_contracts(workspace)
     _write_runs(workspace)
     _write_scores(workspace)
+    write_leaderboard(workspace)
     return workspace
