@@ -4,6 +4,7 @@
     ├── InputError          a file given by the user is missing, malformed or empty
     ├── RecipeError         a recipe does not exist or does not validate
     ├── StoreError          an object store cannot be reached or refuses
+    ├── EndpointError       a chat endpoint is not configured, cannot be reached or refuses
     ├── WorkspaceError      the workspace is read-only, full, locked, or lacks a step's output
     ├── ContractBroken      a dataset does not hold its contract
     ├── CheckpointError     a checkpoint is absent, incomplete, or does not fit the model
@@ -11,7 +12,8 @@
     │   ├── NonFiniteLoss   the loss became NaN or infinite
     │   └── OutOfMemory     a setting has to shrink
     ├── ImageTokenMismatch  text and images of a batch do not belong together
-    └── PredictionMismatch  predictions and benchmark items do not join one to one
+    ├── PredictionMismatch  predictions and benchmark items do not join one to one
+    └── JudgeError          a judge's server refuses, answers nonsense, or the token budget is used
 
 A bad *record* is never an exception: it is a row with a status and a reason. These are for a
 broken *run*. Each says what happened with the value, where, and what to do next.
@@ -20,8 +22,10 @@ broken *run*. Each says what happened with the value, where, and what to do next
 __all__ = [
     "CheckpointError",
     "ContractBroken",
+    "EndpointError",
     "ImageTokenMismatch",
     "InputError",
+    "JudgeError",
     "MedVLMError",
     "NonFiniteLoss",
     "OutOfMemory",
@@ -72,6 +76,10 @@ class StoreError(MedVLMError):
     """An object store cannot be reached or refuses."""
 
 
+class EndpointError(MedVLMError):
+    """A chat endpoint is not configured, cannot be reached, or refuses."""
+
+
 class WorkspaceError(MedVLMError):
     """The workspace is read-only, full, locked, or lacks a step's output."""
 
@@ -102,3 +110,7 @@ class ImageTokenMismatch(MedVLMError):
 
 class PredictionMismatch(MedVLMError):
     """Predictions and benchmark items do not join one to one."""
+
+
+class JudgeError(MedVLMError):
+    """A judge's server refuses, answers nonsense, or the token budget is used."""

@@ -21,32 +21,91 @@ def dataset() -> None:
 
 
 @dataset.command("build")
-@click.argument("name", type=click.Choice(["alignment", "instruct"]))
+@click.argument("name", type=click.Choice(["alignment", "instruct", "preference"]))
 @click.option(
     "--official",
     "--from",
     "source",
     type=click.Path(path_type=Path),
-    help="LLaVA-Med's JSON, joined to the fetched figures; or a folder of figure shards.",
+    help="Published JSON, joined to the fetched figures; or a folder of figure shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
+@click.option("--endpoint", is_flag=True, help="Have a chat model write the conversations (instruct only).")
+@click.option("--token-budget", type=click.IntRange(1), help="Most tokens that may be spent on the endpoint.")
+@click.option("--concurrency", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests at a time.")
 @JSON_OPTION
 @click.pass_obj
-def build(workspace: str, name: str, source: Path | None, seed: int, as_json: bool) -> None:
-    """Build the training dataset NAME (alignment or instruct) from the fetched figures.
+def build(
+    obj: str,
+    name: str,
+    source: Path | None,
+    seed: int,
+    endpoint: bool,
+    token_budget: int | None,
+    concurrency: int,
+    as_json: bool,
+) -> None:
+    """Build the training dataset NAME from the fetched figures.
 
-    Without --official, captions are the alignment texts and rules write the conversations.
+    Without --official, captions are the alignment texts, and rules write the conversations; with
+    --endpoint, a chat model writes them: set MEDVLM_ENDPOINT_URL (up to and with /v1),
+    MEDVLM_ENDPOINT_MODEL and, if it wants one, MEDVLM_ENDPOINT_KEY. Answers are kept, so that a
+    stopped run goes on where it was. Preference pairs come from the published file.
 
     \b
     medvlm dataset build alignment
     medvlm dataset build instruct --official llava_med_instruct_60k_inline_mention.json
+    medvlm dataset build instruct --endpoint --token-budget 2000000
+    medvlm dataset build preference --official stllava_dpo.json
     """
     from medvlm.data.alignment import build_alignment
+
+    workspace = Workspace(Path(obj)).ensure()
+    shards, official = (source, None) if source and source.is_dir() else (None, source)
+    if endpoint and (name != "instruct" or official):
+        raise click.UsageError("--endpoint writes instruct conversations, and not together with a published file")
+    if name == "alignment":
+        report = build_alignment(workspace, official=official, figures=shards, seed=seed)
+    elif name == "preference":
+        report = _build_preference(workspace, official)
+    else:
+        report = _build_instruct(workspace, official, shards, seed, token_budget, concurrency if endpoint else None)
+    _print_report(report, as_json)
+
+
+def _build_preference(workspace: Workspace, official: Path | None) -> Report:
+    from medvlm.data.conversations import decisions
+    from medvlm.data.preference import build_preference, join_preferences
+
+    if official is None:
+        raise click.UsageError("preference pairs need --official, the published JSON")
+    rows = join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
+    return build_preference(workspace, rows, official=official)
+
+
+def _build_instruct(
+    workspace: Workspace,
+    official: Path | None,
+    shards: Path | None,
+    seed: int,
+    token_budget: int | None,
+    concurrency: int | None,
+) -> Report:
     from medvlm.data.instruct import build_instruct
 
-    make = {"alignment": build_alignment, "instruct": build_instruct}[name]
-    shards, official = (source, None) if source and source.is_dir() else (None, source)
-    _print_report(make(Workspace(Path(workspace)).ensure(), official=official, figures=shards, seed=seed), as_json)
+    if concurrency is None:
+        return build_instruct(workspace, official=official, figures=shards, seed=seed)
+    from medvlm.data.endpoint import ChatClient, Endpoint, EndpointSettings, TokenBudget
+    from medvlm.data.response_cache import ResponseCache
+
+    endpoint = Endpoint.from_environment()
+    with ResponseCache(workspace.scratch("endpoint") / "answers.sqlite") as cache:
+        client = ChatClient(
+            endpoint, cache, budget=TokenBudget(token_budget), settings=EndpointSettings(concurrency=concurrency)
+        )
+        report = build_instruct(workspace, figures=shards, client=client, seed=seed)
+        click.echo(f"spent {client.budget.spent:,} tokens", err=True)
+    return report
 
 
 @dataset.command("build-benchmark")

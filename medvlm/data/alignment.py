@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 from medvlm.data.conversations import (
+    decisions,
     joined_samples,
     official_state,
     pick,
     prompts,
     read_official,
     samples_of_figures,
+    usable_figures,
     write_dataset,
 )
 from medvlm.records import Figure, Turn
@@ -41,13 +43,17 @@ def build_alignment(
     """
     started = time.monotonic()
     folder = figures or workspace.figure_shards
+    decided = decisions(workspace, "figures")
     if official:
-        rows = joined_samples(folder, read_official(official), dataset="alignment")
+        rows = joined_samples(folder, read_official(official), dataset="alignment", decided=decided)
         return write_dataset(
             workspace, "alignment", rows, started=started, details={"official": official_state(official)}
         )
     rows = samples_of_figures(
-        folder, lambda figure: alignment_turns(figure, seed), dataset="alignment", source="caption"
+        usable_figures(folder, decided),
+        lambda figure: alignment_turns(figure, seed),
+        dataset="alignment",
+        source="caption",
     )
     return write_dataset(workspace, "alignment", rows, started=started, details={}, seed=seed)
 

@@ -6,10 +6,10 @@ import functools
 import hashlib
 import importlib.resources
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -21,24 +21,35 @@ from medvlm.data.readers.source import Dropped, file_sha256
 from medvlm.data.tally import Tally
 from medvlm.errors import InputError
 from medvlm.records import Figure, Sample, Turn
+from medvlm.review import Journal, Verdict, obey, verdicts
 from medvlm.store import Report, Workspace, fingerprint, iterate_records, shard_paths, write_records, write_report
 
 __all__ = [
+    "count_figures",
+    "decisions",
     "joined_samples",
     "language_of",
     "official_state",
     "pick",
+    "prompt_text",
     "prompts",
     "read_official",
     "sample_of",
+    "sample_or_drop",
     "samples_of_figures",
     "usable_figures",
     "write_dataset",
 ]
 
+Reviewed = TypeVar("Reviewed", Figure, Sample)
 
-def usable_figures(folder: Path) -> Iterator[Figure | Dropped]:
-    """Fetched figures in their order, but for retracted and repeated ones.
+
+def usable_figures(folder: Path, decided: Mapping[str, Verdict] | None = None) -> Iterator[Figure | Dropped]:
+    """Fetched figures in their order, as reviewers want them, but for retracted and repeated ones.
+
+    Args:
+        folder: Shards of figures.
+        decided: What reviewers said about figures.
 
     Raises:
         WorkspaceError: Nothing has been fetched, or a shard is damaged.
@@ -51,26 +62,46 @@ def usable_figures(folder: Path) -> Iterator[Figure | Dropped]:
             yield Dropped(figure.pmcid, "figure_repeated", figure.figure_id)
         else:
             seen.add(figure.figure_id)
-            yield figure
+            yield reviewed(figure, figure.figure_id, decided or {})
+
+
+def reviewed(record: Reviewed, record_id: str, decided: Mapping[str, Verdict]) -> Reviewed | Dropped:
+    """The record as reviewers left it, or that they took it out."""
+    counts: Counter[str] = Counter()
+    kept = next(obey([record], decided, counts), None)
+    return kept or Dropped("review", next(iter(counts)), record_id)
 
 
 def samples_of_figures(
-    folder: Path, write: Callable[[Figure], tuple[Turn, ...] | str], *, dataset: str, source: str
+    figures: Iterable[Figure | Dropped],
+    write: Callable[[Figure], tuple[Turn, ...] | str],
+    *,
+    dataset: str,
+    source: str,
 ) -> Iterator[Sample | Dropped]:
     """One sample for each figure for which ``write`` gives turns; it gives a reason where it cannot."""
-    for figure in usable_figures(folder):
-        if isinstance(figure, Dropped):
-            yield figure
-            continue
-        turns = write(figure)
-        if isinstance(turns, str):
-            yield Dropped(figure.pmcid, turns, figure.figure_id)
-        else:
-            yield sample_of(figure, turns, dataset=dataset, source=source)
+    for figure in figures:
+        turns = figure if isinstance(figure, Dropped) else write(figure)
+        yield sample_or_drop(figure, turns, dataset=dataset, source=source)
+
+
+def sample_or_drop(
+    figure: Figure | Dropped, turns: tuple[Turn, ...] | Dropped | str, *, dataset: str, source: str
+) -> Sample | Dropped:
+    """The sample that the turns make with the figure, or the dropped row that one of them is."""
+    if isinstance(figure, Dropped):
+        return figure
+    if isinstance(turns, str):
+        return Dropped(figure.pmcid, turns, figure.figure_id)
+    return turns if isinstance(turns, Dropped) else sample_of(figure, turns, dataset=dataset, source=source)
 
 
 def joined_samples(
-    folder: Path, conversations: Iterable[Conversation | Dropped], *, dataset: str
+    folder: Path,
+    conversations: Iterable[Conversation | Dropped],
+    *,
+    dataset: str,
+    decided: Mapping[str, Verdict] | None = None,
 ) -> Iterator[Sample | Dropped]:
     """Published conversations with the fetched figures they are about, in the figures' order.
 
@@ -78,6 +109,7 @@ def joined_samples(
         folder: Shards of figures. Only texts whose figure is there are held in memory.
         conversations: A figure may have several; from the second on, ``#2``, … ends the sample's id.
         dataset: Goes into each sample.
+        decided: What reviewers said about figures.
 
     Yields:
         Samples; ``figure_absent`` for a conversation whose figure was not fetched; and what the
@@ -92,7 +124,7 @@ def joined_samples(
             wanted[conversation.pair_id].append(conversation)
         else:
             yield Dropped("conversation without a fetched figure", "figure_absent", conversation.pair_id)
-    for figure in usable_figures(folder):
+    for figure in usable_figures(folder, decided):
         if isinstance(figure, Dropped):
             yield figure
             continue
@@ -105,6 +137,11 @@ def joined_samples(
                 suffix=f"#{index + 1}" if index else "",
                 modality=conversation.modality,
             )
+
+
+def count_figures(folder: Path) -> int:
+    """Rows of the figures' shards, retracted and repeated ones included; nothing is decoded."""
+    return sum(pq.read_metadata(path).num_rows for path in shard_paths(folder))
 
 
 def _figure_ids(folder: Path) -> set[str]:
@@ -152,23 +189,42 @@ def write_dataset(
     started: float,
     details: dict[str, Any],
     seed: int | None = None,
+    made_with: Sequence[str] = (),
 ) -> Report:
     """Write a dataset's samples and its report: counts, and every reason for a loss with the first ten.
+
+    Reviewers' rejections and edits of this dataset's samples are obeyed.
+
+    Args:
+        workspace: Gets ``samples(name)`` and the report.
+        name: The dataset.
+        rows: Samples in their order, and what was dropped on the way.
+        started: ``time.monotonic()`` at the build's start.
+        details: For the report, beside the counts.
+        seed: Of the build, where it has one.
+        made_with: Prompts and models beside the content that the fingerprint covers.
 
     Raises:
         InputError: Not one sample came out; what was built before stays in place.
     """
     tally = Tally()
-    write_records(workspace.samples(name), Sample, _counted(name, rows, tally))
+    decided = decisions(workspace, name)
+    heard = (row if isinstance(row, Dropped) else reviewed(row, row.sample_id, decided) for row in rows)
+    write_records(workspace.samples(name), Sample, _counted(name, heard, tally))
     counts = {"samples": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")}
     report = Report(
         step=f"build {name}",
         counts=counts,
         details={**tally.details(), **details},
         seed=seed,
-        fingerprint=fingerprint(*shard_paths(workspace.samples(name))),
+        fingerprint=fingerprint(*made_with, *shard_paths(workspace.samples(name))),
     )
     return write_report(workspace.dataset(name), report, started=started)
+
+
+def decisions(workspace: Workspace, table: str) -> dict[str, Verdict]:
+    """What reviewers said about the records of a table, such as ``figures`` or ``alignment``."""
+    return verdicts(Journal(workspace).read(), table)
 
 
 def _counted(name: str, rows: Iterable[Sample | Dropped], tally: Tally) -> Iterator[Sample]:
@@ -200,8 +256,13 @@ def prompts(name: str) -> tuple[str, ...]:
     Args:
         name: Such as ``alignment_brief``.
     """
-    text = (importlib.resources.files("medvlm.data") / "prompts" / f"{name}.txt").read_text("utf-8")
-    return tuple(line for line in text.splitlines() if line.strip())
+    return tuple(line for line in prompt_text(name).splitlines() if line.strip())
+
+
+@functools.cache
+def prompt_text(name: str) -> str:
+    """The whole of one of our prompt files."""
+    return (importlib.resources.files("medvlm.data") / "prompts" / f"{name}.txt").read_text("utf-8")
 
 
 def pick(seed: int, key: str, choices: int) -> int:

@@ -2,40 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from medvlm.data.conversations import joined_samples, official_state, read_official, samples_of_figures, write_dataset
+from medvlm.data.conversations import (
+    count_figures,
+    decisions,
+    joined_samples,
+    official_state,
+    prompt_text,
+    read_official,
+    sample_or_drop,
+    samples_of_figures,
+    usable_figures,
+    write_dataset,
+)
+from medvlm.data.endpoint import ChatClient
 from medvlm.data.offline_instruct import offline_turns
+from medvlm.data.readers.source import Dropped
+from medvlm.data.self_instruct import ask_in_order, written_turns
+from medvlm.progress import report_progress
+from medvlm.records import Figure, Sample
 from medvlm.store import Report, Workspace
 
 __all__ = ["build_instruct"]
 
 
 def build_instruct(
-    workspace: Workspace, *, official: Path | None = None, figures: Path | None = None, seed: int = 0
+    workspace: Workspace,
+    *,
+    official: Path | None = None,
+    figures: Path | None = None,
+    client: ChatClient | None = None,
+    seed: int = 0,
 ) -> Report:
     """Write the instruction samples of the fetched figures.
 
     Args:
         workspace: Gets ``samples("instruct")`` and its report.
-        official: LLaVA-Med's instruction JSON or ChiMed-VL's, joined by ``pair_id``. Without it, rules write the
-            conversations from captions and mentions.
+        official: LLaVA-Med's instruction JSON or ChiMed-VL's, joined by ``pair_id``. Without it, the
+            conversations are written from captions and mentions: by rules, or by ``client``.
         figures: Shards of figures; the workspace's by default.
-        seed: Decides the wording where rules write.
+        client: Asks a chat endpoint. Refused and malformed answers are dropped with their reason;
+            its cache makes a second run go on where the first one stopped.
+        seed: Decides the wording where rules write, and is passed to the endpoint.
 
     Raises:
         InputError: The official file is malformed, or no sample came out.
+        EndpointError: The endpoint cannot be reached, or refuses everything.
         WorkspaceError: No figures have been fetched.
     """
     started = time.monotonic()
     folder = figures or workspace.figure_shards
+    decided = decisions(workspace, "figures")
     if official:
-        rows = joined_samples(folder, read_official(official), dataset="instruct")
+        rows = joined_samples(folder, read_official(official), dataset="instruct", decided=decided)
         return write_dataset(
             workspace, "instruct", rows, started=started, details={"official": official_state(official)}
         )
+    figures_wanted = usable_figures(folder, decided)
+    if client:
+        prompt_sha256 = hashlib.sha256(prompt_text("self_instruct").encode()).hexdigest()
+        return write_dataset(
+            workspace,
+            "instruct",
+            _generated(figures_wanted, client, seed, total=count_figures(folder)),
+            started=started,
+            details={"prompt_sha256": prompt_sha256, "model": client.endpoint.model},
+            seed=seed,
+            made_with=(prompt_sha256, client.endpoint.model),
+        )
     rows = samples_of_figures(
-        folder, lambda figure: offline_turns(figure, seed), dataset="instruct", source="generated-offline"
+        figures_wanted, lambda figure: offline_turns(figure, seed), dataset="instruct", source="generated-offline"
     )
     return write_dataset(workspace, "instruct", rows, started=started, details={}, seed=seed)
+
+
+def _generated(
+    figures: Iterable[Figure | Dropped], client: ChatClient, seed: int, *, total: int
+) -> Iterator[Sample | Dropped]:
+    """Samples in the figures' order; each answer is on disk before the next step, so a stopped run goes on."""
+    source = f"generated:{client.endpoint.model}"
+
+    def write(figure: Figure | Dropped) -> Sample | Dropped:
+        turns = figure if isinstance(figure, Dropped) else written_turns(client, figure, seed)
+        return sample_or_drop(figure, turns, dataset="instruct", source=source)
+
+    for done, row in enumerate(ask_in_order(write, figures, client.settings.concurrency), start=1):
+        report_progress({"done": done, "total": total, "tokens": client.budget.spent})
+        yield row

@@ -20,6 +20,7 @@ from medvlm.data.offline_instruct import offline_turns, split_sentences
 from medvlm.data.readers.llava_med import fault_of
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import Sample, Turn
+from medvlm.review import Journal
 from medvlm.store import Workspace, read_records, shard_paths
 
 
@@ -137,6 +138,26 @@ def test_chinese_texts_are_marked_chinese(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\n这是什么?"}, {"from": "gpt", "value": "一张胸片。"}]
     build_alignment(workspace, official=official(tmp_path / "a.json", "10_F1", conversations=turns))
     assert samples(workspace, "alignment")[0].language == "zh"
+
+
+def test_reviewers_take_figures_and_samples_out_and_edit_them(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, figure(1), figure(2), figure(3), figure(4))
+    build_alignment(workspace)
+    caption = figure(1).caption
+    before = tuple(turn.text for turn in samples(workspace, "alignment")[3].turns)
+    journal = Journal(workspace)
+    journal.decide("ann", "figures", "10_F1", "reject", reason="collage", before=(caption,))
+    journal.decide("ann", "figures", "10_F2", "edit", before=(caption,), after=("Chest X-ray.",))
+    journal.decide("ann", "alignment", "10_F3", "flag_privacy", before=before)
+    journal.decide("ann", "alignment", "10_F4", "edit", before=before, after=(before[0], "A nodule."))
+    report = build_alignment(workspace)
+    edited, reworded = samples(workspace, "alignment")
+    assert (edited.sample_id, edited.turns[1].text, edited.source) == ("10_F2", "Chest X-ray.", "caption")
+    assert (reworded.sample_id, reworded.turns[1].text, reworded.source) == ("10_F4", "A nodule.", "review")
+    assert {reason: lost["count"] for reason, lost in report.details["dropped"].items()} == {
+        "review_rejected": 1,
+        "review_privacy": 1,
+    }
 
 
 def test_nothing_in_common_is_an_error_and_the_last_dataset_stays(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Preference pairs: published ones joined to figures, and those a model makes and a judge ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import chat_server
+from click.testing import CliRunner
+from figure_factory import figure, workspace_with
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medvlm.cli import cli
+from medvlm.data.alignment import build_alignment
+from medvlm.data.endpoint import ChatClient, Endpoint
+from medvlm.data.preference import (
+    EndpointJudge,
+    GenerationRequest,
+    OverlapJudge,
+    build_preference,
+    clean_question,
+    self_preferences,
+    word_f1,
+)
+from medvlm.data.readers.source import Dropped
+from medvlm.data.response_cache import ResponseCache
+from medvlm.errors import InputError
+from medvlm.records import PreferencePair, Sample
+from medvlm.store import Workspace, read_records, shard_paths
+
+
+def published(path: Path, *rows: tuple[str, str, str]) -> Path:
+    def turns(answer: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+
+    values = [
+        {"image": image, "chosen_conversations": turns(chosen), "reject_conversations": turns(rejected)}
+        for image, chosen, rejected in rows
+    ]
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_published_pairs_join_to_figures_and_misses_are_counted(tmp_path: Path) -> None:
+    workspace_with(tmp_path, figure(1), figure(2, retracted=True))
+    path = published(
+        tmp_path / "dpo.json",
+        ("10_F1.jpg", "A nodule.", "Nothing."),
+        ("a/10_F1.jpg", "A large nodule.", "A cat."),
+        ("10_F2.jpg", "A", "B"),
+        ("9_F9.jpg", "A", "B"),
+        ("10_F1.jpg", "A", "A"),
+    )
+    command = ["--workspace", str(tmp_path), "dataset", "build", "preference", "--official", str(path), "--json"]
+    report = json.loads(CliRunner().invoke(cli, command).stdout)
+    assert report["counts"] == {"pairs": 2, "dropped": 4, "missed": 2}
+    pairs = read_records(Workspace(tmp_path).samples("preference"), PreferencePair)
+    assert [(pair.pair_id, pair.chosen, pair.rejected, pair.group_id) for pair in pairs] == [
+        ("10_F1", "A nodule.", "Nothing.", "PMC1"),
+        ("10_F1#2", "A large nodule.", "A cat.", "PMC1"),
+    ]
+    assert pairs[0].question == "What is it?"
+
+
+class ScriptedModel:
+    """Asks and answers from lists, and remembers what it was asked."""
+
+    def __init__(self, questions: list[str], answers: list[str]) -> None:
+        self.texts = [questions, answers]
+        self.calls: list[Sequence[GenerationRequest]] = []
+
+    def __call__(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
+        self.calls.append(requests)
+        return self.texts[(len(self.calls) - 1) % 2]
+
+
+def alignment_samples(tmp_path: Path, number: int) -> list[Sample]:
+    workspace = workspace_with(tmp_path, *(figure(index) for index in range(number)))
+    build_alignment(workspace)
+    return read_records(workspace.samples("alignment"), Sample)
+
+
+def test_the_model_asks_answers_twice_and_the_judge_ranks(tmp_path: Path) -> None:
+    samples = alignment_samples(tmp_path, 6)
+    model = ScriptedModel(
+        ["What is seen?", "no question", "1. Where is it?", "Is it?", "Is it?", "Which lung?"],
+        [
+            "A large nodule in the left lung.", "A fracture.",  # the first is nearer to the caption
+            "Bone", "The left lung shows a large nodule",  # the second is
+            "yes", "Yes",  # equal
+            "cat", "dog",  # a tie: neither overlaps
+            "", "left",  # empty
+        ],
+    )  # fmt: skip
+    rows = list(self_preferences(samples, model, OverlapJudge(), seed=3))
+    pairs = [row for row in rows if isinstance(row, PreferencePair)]
+    assert [(pair.question, pair.chosen, pair.rejected) for pair in pairs] == [
+        ("What is seen?", "A large nodule in the left lung.", "A fracture."),
+        ("Where is it?", "The left lung shows a large nodule", "Bone"),
+    ]
+    assert {pair.source for pair in pairs} == {"judge:overlap-offline"}
+    assert [row.reason for row in rows if isinstance(row, Dropped)] == [
+        "question_malformed", "answers_equal", "tie", "answer_empty"
+    ]  # fmt: skip
+    asked, answered = model.calls
+    assert all(request.prompt.count("<image>") == 1 for request in [*asked, *answered])
+    assert answered[0].prompt == answered[1].prompt
+    assert answered[0].seed != answered[1].seed
+    assert answered[0].image == samples[0].image.bytes
+
+
+def test_pairs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    samples = alignment_samples(tmp_path, 20)
+
+    def generate(requests: Sequence[GenerationRequest]) -> list[str]:
+        return [
+            f"A nodule of {request.seed} mm in the left lung. Is it?" * (1 + request.seed % 2) for request in requests
+        ]
+
+    def built(name: str, seed: int) -> list[bytes]:
+        workspace = Workspace(tmp_path / name)
+        build_preference(workspace, self_preferences(samples, generate, OverlapJudge(0.0), questions=2, seed=seed))
+        return [path.read_bytes() for path in shard_paths(workspace.samples("preference"))]
+
+    assert built("a", 1) == built("b", 1)
+    assert built("c", 2) != built("a", 1)
+
+
+def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+    samples = alignment_samples(tmp_path, 2)
+    rows = self_preferences(samples, lambda requests: ["same?"] * len(requests), OverlapJudge())
+    with pytest.raises(InputError, match="no preference pair came out; answers_equal: 2"):
+        build_preference(Workspace(tmp_path), rows)
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict"),
+    [
+        (["first", "second"], "first"),
+        (["Second.", "first"], "second"),
+        (["first", "first"], "tie"),  # the order decided
+        (["tie", "tie"], "tie"),
+        (["tie", "first"], "tie"),
+    ],
+)
+def test_the_endpoint_judge_is_asked_in_both_orders(tmp_path: Path, replies: list[str], verdict: str) -> None:
+    with chat_server(lambda body, number: replies[number]) as server, ResponseCache(tmp_path / "a.sqlite") as cache:
+        judge = EndpointJudge(ChatClient(Endpoint(server.url, "judge-model"), cache))
+        assert judge.rank("Q?", "reference", "one", "two") == verdict
+        said = [request["messages"][1]["content"] for request in server.requests]
+    assert "First: one\n\nSecond: two" in said[0]
+    assert "First: two\n\nSecond: one" in said[1]
+    assert judge.name == "judge-model"
+
+
+def test_a_verdict_of_other_words_is_dropped_with_its_reason(tmp_path: Path) -> None:
+    samples = alignment_samples(tmp_path, 1)
+    texts: list[Any] = [["Is it?"], ["yes", "no"]]
+    with (
+        chat_server(lambda body, number: "Both first and second are fine") as server,
+        ResponseCache(tmp_path / "a.sqlite") as cache,
+    ):
+        judge = EndpointJudge(ChatClient(Endpoint(server.url, "m"), cache))
+        (row,) = self_preferences(samples, lambda requests: texts.pop(0), judge)
+    assert isinstance(row, Dropped)
+    assert row.reason == "verdict_malformed"
+
+
+@given(st.text(), st.text())
+def test_word_f1_is_symmetric_bounded_and_one_for_equals(first: str, second: str) -> None:
+    assert 0 <= word_f1(first, second) <= 1
+    assert word_f1(first, second) == word_f1(second, first)
+    assert word_f1(first, first) in (0.0, 1.0)
+
+
+def test_word_f1_counts_repeated_words_once_each_side() -> None:
+    assert word_f1("a a b", "a b c") == pytest.approx(4 / 6)
+    assert word_f1("肺部结节", "肺结节") == pytest.approx(6 / 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("What is it?", "What is it?"),
+        ("- Question: Where is  the mass? It is there.", "Where is the mass?"),
+        ("Sure!\n2) Is it large?", "Is it large?"),
+        ("这是什么器官?", "这是什么器官?"),
+        ("A statement.", ""),
+        ("<image>?", ""),
+    ],
+)
+def test_the_first_question_is_taken(text: str, question: str) -> None:
+    assert clean_question(text) == question
