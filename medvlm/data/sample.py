@@ -14,8 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvlm.data.phantoms import Modality, balanced_findings
-from medvlm.data.sample_benchmarks import BenchmarkSize, write_pathvqa, write_slake, write_vqa_rad
+from medvlm.data.phantoms import Modality, Sketchbook, balanced_findings
+from medvlm.data.sample_benchmarks import (
+    BenchmarkSize,
+    draw_panels,
+    write_pathvqa,
+    write_rows,
+    write_slake,
+    write_vqa_rad,
+)
 from medvlm.data.sample_bucket import TROUBLES, SampleArticle, make_articles, url_rows, write_bucket
 from medvlm.data.sample_conversations import alignment_rows, instruct_rows
 from medvlm.data.sample_questions import Language
@@ -73,7 +80,10 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
     workspace.ensure()
     rng = random.Random(f"corpus/{seed}")  # noqa: S311  # pictures, not secrets
     findings = balanced_findings(rng, _MODALITIES, scale.articles * scale.figures_per_article)
-    articles = make_articles(rng, findings, per_article=scale.figures_per_article, troubles=scale.troubles)
+    # Held-out pictures first: whatever is drawn for training afterwards keeps its distance from them.
+    sketchbook = Sketchbook()
+    panels = draw_panels(sketchbook, seed, scale.benchmark)
+    articles = make_articles(rng, sketchbook, findings, per_article=scale.figures_per_article, troubles=scale.troubles)
     figures = [figure for article in articles for figure in article.figures]
     with atomic_folder(workspace.corpus) as folder:
         write_bucket(folder / "bucket" / "pmc-oa-opendata", articles)
@@ -84,12 +94,12 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
         write_json(folder / "expected.json", {figure.pair_id: figure.expected for figure in figures})
         suffixes: dict[Language, str] = {"en": "", "zh": "_zh"}
         for language, suffix in suffixes.items():
-            write_json(folder / "llava-med" / f"alignment{suffix}.json", alignment_rows(rng, figures, language))
-            write_json(folder / "llava-med" / f"instruct{suffix}.json", instruct_rows(rng, figures, language))
+            write_rows(folder / "llava-med" / f"alignment{suffix}.json", alignment_rows(rng, figures, language))
+            write_rows(folder / "llava-med" / f"instruct{suffix}.json", instruct_rows(rng, figures, language))
         questions = {
-            "vqa-rad": write_vqa_rad(folder / "vqa-rad", f"vqa-rad/{seed}", scale.benchmark),
-            "slake": write_slake(folder / "slake", f"slake/{seed}", scale.benchmark),
-            "pathvqa": write_pathvqa(folder / "pathvqa", f"pathvqa/{seed}", scale.benchmark),
+            "vqa-rad": write_vqa_rad(folder / "vqa-rad", panels),
+            "slake": write_slake(folder / "slake", panels),
+            "pathvqa": write_pathvqa(folder / "pathvqa", panels),
         }
         counts = _counts(articles, questions)
         (folder / "README.md").write_text(_readme(seed, counts), "utf-8")
@@ -101,7 +111,7 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
         "troubles": {a.trouble: a.pmcid for a in articles if a.trouble},
     }
     report = Report(step="corpus", counts=counts, details=details, seed=seed, fingerprint=mark)
-    return write_report(workspace.corpus, report, started=started, packages=("numpy", "pillow"))
+    return write_report(workspace.corpus, report, started=started, packages=("imagehash", "numpy", "pillow"))
 
 
 def _counts(articles: list[SampleArticle], questions: dict[str, dict[str, int]]) -> dict[str, int]:

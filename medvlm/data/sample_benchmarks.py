@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvlm.data.phantoms import Finding, Modality, balanced_findings, draw_phantom, encode_jpeg
+from medvlm.data.phantoms import Finding, Modality, Sketchbook, balanced_findings, encode_jpeg
 from medvlm.data.sample_questions import Asked, Language, ask, word
 from medvlm.records import Split
-from medvlm.store import write_json
 
-__all__ = ["BenchmarkSize", "write_pathvqa", "write_slake", "write_vqa_rad"]
+__all__ = ["BenchmarkSize", "Panel", "draw_panels", "write_pathvqa", "write_rows", "write_slake", "write_vqa_rad"]
 
 _RADIOLOGY: tuple[Modality, ...] = ("chest_xray", "ct", "mri")
 _PATHOLOGY: tuple[Modality, ...] = ("histology", "gross")
 
+_BENCHMARKS: dict[str, tuple[Modality, ...]] = {"vqa-rad": _RADIOLOGY, "slake": _RADIOLOGY, "pathvqa": _PATHOLOGY}
+
 _RAD_TYPES = {
     "lesion": "PRES",
-    "normal": "ABN",
     "side": "POS",
     "size": "SIZE",
     "count": "COUNT",
@@ -31,7 +32,6 @@ _RAD_TYPES = {
 _RAD_ORGANS = {"chest": "CHEST", "head": "HEAD", "abdomen": "ABD"}
 _SLAKE_TYPES = {
     "lesion": "Abnormality",
-    "normal": "Abnormality",
     "side": "Position",
     "size": "Size",
     "count": "Quantity",
@@ -46,10 +46,10 @@ _SLAKE_MODALITIES = {"chest_xray": "X-Ray", "ct": "CT", "mri": "MRI"}
 class BenchmarkSize:
     """Pictures of one question set, and questions a picture."""
 
-    train: int = 400
+    train: int = 600
     validation: int = 60
     test: int = 60
-    closed_per_image: float = 3
+    closed_per_image: float = 4
     open_per_image: int = 2
 
     def images(self, split: Split) -> int:
@@ -58,7 +58,7 @@ class BenchmarkSize:
 
 
 @dataclass(frozen=True, slots=True)
-class _Panel:
+class Panel:
     """The pictures of one split, and what is asked about them."""
 
     findings: list[Finding]
@@ -66,11 +66,32 @@ class _Panel:
     asked: list[Asked]
 
 
-def _panel(seed: str, split: Split, modalities: Sequence[Modality], size: BenchmarkSize) -> _Panel:
+def draw_panels(sketchbook: Sketchbook, seed: int, size: BenchmarkSize) -> dict[tuple[str, Split], Panel]:
+    """Pictures and questions of every benchmark and split, the held-out splits first.
+
+    Args:
+        sketchbook: Keeps the training pictures apart from the held-out ones of all benchmarks.
+        seed: Decides findings, pictures and questions.
+        size: Of each benchmark.
+    """
+    splits: tuple[Split, ...] = ("test", "validation", "train")
+    return {
+        (name, split): _draw_panel(sketchbook, f"{name}/{seed}", split, modalities, size)
+        for split in splits
+        for name, modalities in _BENCHMARKS.items()
+    }
+
+
+def _draw_panel(
+    sketchbook: Sketchbook, seed: str, split: Split, modalities: Sequence[Modality], size: BenchmarkSize
+) -> Panel:
     rng = random.Random(f"{seed}/{split}")  # noqa: S311  # pictures, not secrets
     findings = balanced_findings(rng, modalities, size.images(split))
-    pictures = [encode_jpeg(draw_phantom(f, f"{seed}/{split}/{i}")) for i, f in enumerate(findings)]
-    return _Panel(findings, pictures, ask(rng, findings, closed=size.closed_per_image, open_=size.open_per_image))
+    pictures = [
+        encode_jpeg(sketchbook.draw(finding, f"{seed}/{split}/{index}", held_out=split != "train"))
+        for index, finding in enumerate(findings)
+    ]
+    return Panel(findings, pictures, ask(rng, findings, closed=size.closed_per_image, open_=size.open_per_image))
 
 
 def _text(asked: Asked, language: Language = "en") -> str:
@@ -78,7 +99,14 @@ def _text(asked: Asked, language: Language = "en") -> str:
     return text.capitalize() if asked.answer in ("yes", "no") else text
 
 
-def write_vqa_rad(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Write a JSON list, one row a line and keys in the given order, as the releases have them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", "utf-8")
+
+
+def write_vqa_rad(folder: Path, panels: Mapping[tuple[str, Split], Panel]) -> dict[str, int]:
     """Write ``VQA_RAD Dataset Public.json`` and its image folder.
 
     Returns:
@@ -91,7 +119,7 @@ def write_vqa_rad(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int
     counts: dict[str, int] = {}
     first_names: dict[Split, int] = {"train": 10001, "test": 90001}
     for split, first in first_names.items():
-        panel = _panel(seed, split, _RADIOLOGY, size)
+        panel = panels["vqa-rad", split]
         counts[split] = len(panel.asked)
         for index, picture in enumerate(panel.pictures):
             (images / f"synpic{first + index}.jpg").write_bytes(picture)
@@ -100,7 +128,7 @@ def write_vqa_rad(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int
             rows.append(_rad_row(len(rows), split, name, asked, panel.findings[asked.picture]))
     rows[0]["qid"] = "0"
     next(row for row in rows if row["answer_type"] == "CLOSED")["answer_type"] = "CLOSED "
-    write_json(folder / "VQA_RAD Dataset Public.json", rows)
+    write_rows(folder / "VQA_RAD Dataset Public.json", rows)
     return counts
 
 
@@ -108,7 +136,7 @@ def _rad_row(qid: int, split: str, name: str, asked: Asked, finding: Finding) ->
     return {
         "qid": qid,
         "phrase_type": "test_freeform" if split == "test" else "freeform",
-        "qid_linked_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"medvlm/sample/{name}/{asked.question.key}")),
+        "qid_linked_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"medvlm/sample/{name}/{asked.question.text('en')}")),
         "image_case_url": f"https://example.org/synthetic/{name}",
         "image_name": name,
         "image_organ": _RAD_ORGANS[finding.organ],
@@ -123,7 +151,7 @@ def _rad_row(qid: int, split: str, name: str, asked: Asked, finding: Finding) ->
     }
 
 
-def write_slake(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+def write_slake(folder: Path, panels: Mapping[tuple[str, Split], Panel]) -> dict[str, int]:
     """Write ``Slake1.0/{train,validate,test}.json`` and ``imgs/xmlabN/source.jpg``.
 
     Returns:
@@ -134,7 +162,7 @@ def write_slake(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
     first_image = qid = 0
     splits: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "validate"), ("test", "test"))
     for split, file_name in splits:
-        panel = _panel(seed, split, _RADIOLOGY, size)
+        panel = panels["slake", split]
         for index, picture in enumerate(panel.pictures):
             image = root / "imgs" / f"xmlab{first_image + index}" / "source.jpg"
             image.parent.mkdir(parents=True)
@@ -147,7 +175,7 @@ def write_slake(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
                 )
                 qid += 1
             counts[f"{split}_{language}"] = len(panel.asked)
-        write_json(root / f"{file_name}.json", rows)
+        write_rows(root / f"{file_name}.json", rows)
         first_image += len(panel.pictures)
     return counts
 
@@ -169,7 +197,7 @@ def _slake_row(qid: int, image: int, asked: Asked, finding: Finding, language: L
     }
 
 
-def write_pathvqa(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int]:
+def write_pathvqa(folder: Path, panels: Mapping[tuple[str, Split], Panel]) -> dict[str, int]:
     """Write ``pvqa_{train,val,test}.json`` and ``images/<split>_NNNN.jpg``.
 
     Returns:
@@ -180,7 +208,7 @@ def write_pathvqa(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int
     counts: dict[str, int] = {}
     splits: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "val"), ("test", "test"))
     for split, name in splits:
-        panel = _panel(seed, split, _PATHOLOGY, size)
+        panel = panels["pathvqa", split]
         # The release's first record has no questions; its picture is not among the images either.
         records: list[dict[str, Any]] = [{"img_id": f"{name}_0000", "labelf": {"pvqa": []}, "sentf": {"pvqa": []}}]
         for index, picture in enumerate(panel.pictures, start=1):
@@ -191,5 +219,5 @@ def write_pathvqa(folder: Path, seed: str, size: BenchmarkSize) -> dict[str, int
             record["labelf"]["pvqa"].append({word(asked.answer, "en"): 1})
             record["sentf"]["pvqa"].append(asked.question.text("en"))
         counts[split] = len(panel.asked)
-        write_json(folder / f"pvqa_{name}.json", records)
+        write_rows(folder / f"pvqa_{name}.json", records)
     return counts

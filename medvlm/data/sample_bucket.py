@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from medvlm.data.phantoms import Finding, draw_phantom, encode_jpeg, encode_png
+from medvlm.data.phantoms import Finding, Sketchbook, encode_jpeg, encode_png
 from medvlm.data.sample_questions import caption, word
 from medvlm.records import FetchStatus
 
@@ -81,12 +81,13 @@ class SampleArticle:
 
 
 def make_articles(
-    rng: random.Random, findings: Sequence[Finding], *, per_article: int, troubles: bool
+    rng: random.Random, sketchbook: Sketchbook, findings: Sequence[Finding], *, per_article: int, troubles: bool
 ) -> list[SampleArticle]:
     """Articles of ``per_article`` figures each, drawn, with the trouble spread evenly over them.
 
     Args:
         rng: Decides wording and drawing.
+        sketchbook: Keeps the figures apart from what it drew for held-out splits.
         findings: One for each figure.
         per_article: Figures an article.
         troubles: Whether each of ``TROUBLES`` gets one article; needs at least as many articles.
@@ -94,12 +95,16 @@ def make_articles(
     count = len(findings) // per_article
     placed = {(i + 1) * count // (len(TROUBLES) + 1): name for i, name in enumerate(TROUBLES)} if troubles else {}
     return [
-        _make_article(rng, number, findings[number * per_article : (number + 1) * per_article], placed.get(number, ""))
+        _make_article(
+            rng, sketchbook, number, findings[number * per_article : (number + 1) * per_article], placed.get(number, "")
+        )
         for number in range(count)
     ]
 
 
-def _make_article(rng: random.Random, number: int, findings: Sequence[Finding], trouble: str) -> SampleArticle:
+def _make_article(
+    rng: random.Random, sketchbook: Sketchbook, number: int, findings: Sequence[Finding], trouble: str
+) -> SampleArticle:
     pmid = 98000001 + number
     listed_pmid = pmid + 500000 if trouble == "pmid of another article" else pmid
     figures: list[SampleFigure] = []
@@ -111,7 +116,7 @@ def _make_article(rng: random.Random, number: int, findings: Sequence[Finding], 
             f"gr{index + 1}",
             f"10-5555_2026_{number}_Fig{index + 1}_HTML",
         )[number % 4]
-        picture = draw_phantom(finding, f"{rng.random()}")
+        picture = sketchbook.draw(finding, f"figure/{rng.random()}", held_out=False)
         hit = TROUBLES[trouble] if trouble and (index == 0 or not trouble.startswith("first image")) else "ok"
         figures.append(
             SampleFigure(

@@ -74,7 +74,7 @@ def instruct_rows(rng: random.Random, figures: Sequence[SampleFigure], language:
     """
     findings = [figure.finding for figure in figures]
     turns: list[list[Asked]] = [[] for _ in figures]
-    for asked in ask(rng, findings, closed=3, open_=2):
+    for asked in ask(rng, findings, closed=4, open_=2):
         turns[asked.picture].append(asked)
     rows: list[dict[str, Any]] = []
     for index, (figure, questions) in enumerate(zip(figures, turns, strict=True)):

@@ -42,7 +42,7 @@ _WORDS: dict[str, tuple[str, str]] = {
 }
 
 _PICTURES: dict[str, tuple[str, str]] = {
-    "chest_xray": ("chest X-ray", "X光片"),
+    "chest_xray": ("chest X-ray", "胸部X光片"),
     "ct": ("CT image", "CT图像"),
     "mri": ("MRI image", "MRI图像"),
     "histology": ("histology image", "组织切片"),
@@ -63,7 +63,7 @@ class Question:
 
     @property
     def subject(self) -> str:
-        """What is asked after: ``lesion``, ``normal``, ``side``, ``size``, ``count``, ``modality`` or ``organ``."""
+        """What is asked after: ``lesion``, ``side``, ``size``, ``count``, ``modality`` or ``organ``."""
         return self.key.partition(":")[0]
 
     def text(self, language: Language) -> str:
@@ -96,39 +96,45 @@ def _yes_if(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
-def _closed_questions() -> list[Question]:
-    questions = [
-        Question("lesion", ("Is there a lesion?", "图中有病变吗?"), lambda f: _yes_if(f.count > 0)),
-        Question("normal", ("Does the image look normal?", "图像正常吗?"), lambda f: _yes_if(f.count == 0)),
-        Question(
-            "count:many",
-            ("Is there more than one lesion?", "病变多于一个吗?"),
-            lambda f: _yes_if(f.count > 1) if f.count else None,
-        ),
-    ]
-    for side in ("left", "right"):
-        texts = (f"Is the lesion on the {side} side?", f"病变在{_WORDS[side][1]}吗?")
-        questions.append(Question(f"side:{side}", texts, _single(lambda f, side=side: _yes_if(f.side == side))))
-    for size in ("large", "small"):
-        texts = (f"Is the lesion {size}?", f"病变{_WORDS[size][1]}吗?")
-        questions.append(Question(f"size:{size}", texts, _single(lambda f, size=size: _yes_if(f.size == size))))
-    for modality, (english, chinese) in _PICTURES.items():
-        texts = (f"Is this {'an' if modality == 'mri' else 'a'} {english}?", f"这是{chinese}吗?")
-        questions.append(
-            Question(f"modality:{modality}", texts, lambda f, modality=modality: _yes_if(f.modality == modality))
-        )
-    for organ in ("chest", "head", "abdomen", "skin", "liver", "kidney"):
-        texts = (f"Is the {organ} shown?", f"图中显示的是{_WORDS[organ][1]}吗?")
-        questions.append(Question(f"organ:{organ}", texts, lambda f, organ=organ: _yes_if(f.organ == organ)))
-    return questions
+def _is(attribute: str, value: str) -> Callable[[Finding], str | None]:
+    return lambda finding: _yes_if(getattr(finding, attribute) == value)
 
 
-def _single(answer: Callable[[Finding], str]) -> Callable[[Finding], str | None]:
+def _single(answer: Callable[[Finding], str | None]) -> Callable[[Finding], str | None]:
     # "The lesion" is one: with two or three of them the question would not be plain.
     return lambda finding: answer(finding) if finding.count == 1 else None
 
 
-CLOSED: tuple[Question, ...] = tuple(_closed_questions())
+def _lesion(finding: Finding) -> str:
+    return _yes_if(finding.count > 0)
+
+
+def _many(finding: Finding) -> str | None:
+    return _yes_if(finding.count > 1) if finding.count else None
+
+
+_LEFT = _single(_is("side", "left"))
+_LARGE = _single(_is("size", "large"))
+
+# One polarity a subject: "Is it large?" and never "Is it small?". Asking both makes the answer an
+# exclusive-or of wording and picture, which a tiny model does not learn in a minute (measured: closed
+# accuracy 54 % with both, 95 % with one, same model, same steps). Other wordings keep it from rote.
+CLOSED: tuple[Question, ...] = (
+    Question("lesion", ("Is there a lesion?", "图中有病变吗?"), _lesion),
+    Question("lesion", ("Does the image show a lesion?", "图像显示了病变吗?"), _lesion),
+    Question("count:many", ("Is there more than one lesion?", "病变多于一个吗?"), _many),
+    Question("count:many", ("Are there several lesions?", "有多个病变吗?"), _many),
+    Question("side:left", ("Is the lesion on the left side?", "病变在左侧吗?"), _LEFT),
+    Question("side:left", ("Is the lesion on the left?", "病变位于左侧吗?"), _LEFT),
+    Question("size:large", ("Is the lesion large?", "病变大吗?"), _LARGE),
+    Question("size:large", ("Is this a large lesion?", "这是大病变吗?"), _LARGE),
+    Question("modality:chest_xray", ("Is this a chest X-ray?", "这是胸部X光片吗?"), _is("modality", "chest_xray")),
+    Question("modality:ct", ("Is this a CT image?", "这是CT图像吗?"), _is("modality", "ct")),
+    Question("modality:mri", ("Is this an MRI image?", "这是MRI图像吗?"), _is("modality", "mri")),
+    Question("modality:gross", ("Is this a gross specimen?", "这是大体标本吗?"), _is("modality", "gross")),
+    Question("organ:head", ("Is the head shown?", "图中显示的是头部吗?"), _is("organ", "head")),
+    Question("organ:liver", ("Is the liver shown?", "图中显示的是肝脏吗?"), _is("organ", "liver")),
+)
 """Questions answered by yes or no."""
 
 OPEN: tuple[Question, ...] = (
@@ -164,7 +170,7 @@ def ask(rng: random.Random, findings: Sequence[Finding], *, closed: float, open_
         fitting = [(q, a) for q in OPEN if (a := q.answer(finding)) is not None]
         for question, answer in rng.sample(fitting, min(open_, len(fitting))):
             asked.append(Asked(picture, question, answer, "open"))
-    return sorted(asked, key=lambda a: (a.picture, a.answer_type, a.question.key))
+    return sorted(asked, key=lambda a: (a.picture, a.answer_type, a.question.texts))
 
 
 def _by_answer(rng: random.Random, question: Question, findings: Sequence[Finding]) -> dict[str, list[int]]:
@@ -213,7 +219,9 @@ def _english_caption(rng: random.Random, finding: Finding) -> str:
 
 
 def _chinese_caption(rng: random.Random, finding: Finding) -> str:
-    shown = f"{word(finding.organ, 'zh')}{_PICTURES[finding.modality][1]}"
+    picture = _PICTURES[finding.modality][1]
+    organ = word(finding.organ, "zh")
+    shown = picture if picture.startswith(organ) else f"{organ}{picture}"
     if finding.count == 0:
         return rng.choice((f"{shown}，图中没有病变。", f"{shown}，图像正常，没有病变。"))
     number, size, side = word(str(finding.count), "zh"), word(finding.size, "zh"), word(finding.side, "zh")
@@ -231,7 +239,6 @@ def _english_sentence(asked: Asked, finding: Finding) -> str:
     lesion = f"there {verb} {_lesions(finding)} on the {finding.side} side" if finding.count else "there is no lesion"
     statement = {
         "lesion": lesion,
-        "normal": lesion,
         "side": f"the lesion is on the {finding.side} side",
         "size": f"the lesion is {finding.size}",
         "count": f"there {verb} {word(str(finding.count), 'en') if finding.count else 'no'} "
@@ -249,7 +256,6 @@ def _chinese_sentence(asked: Asked, finding: Finding) -> str:
     lesion = f"{word(finding.side, 'zh')}有{number}{word(finding.size, 'zh')}病变" if finding.count else "图中没有病变"
     statement = {
         "lesion": lambda: lesion,
-        "normal": lambda: lesion,
         "side": lambda: f"病变在{word(finding.side, 'zh')}",
         "size": lambda: f"病变{word(finding.size, 'zh')}",
         "count": lambda: f"有{number}病变",
