@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),
+    "chat-eval": ("medvlm.commands.chat_eval:chat_eval", "Judge chat answers beside LLaVA-Med's table."),
     "leaderboard": ("medvlm.commands.leaderboard:leaderboard", "Show all scores beside the published ones."),
 }
 

@@ -12,8 +12,7 @@
     │   ├── NonFiniteLoss   the loss became NaN or infinite
     │   └── OutOfMemory     a setting has to shrink
     ├── ImageTokenMismatch  text and images of a batch do not belong together
-    ├── PredictionMismatch  predictions and benchmark items do not join one to one
-    └── JudgeError          a judge's server refuses, answers nonsense, or the token budget is used
+    └── PredictionMismatch  predictions and benchmark items do not join one to one
 
 A bad *record* is never an exception: it is a row with a status and a reason. These are for a
 broken *run*. Each says what happened with the value, where, and what to do next.
@@ -25,7 +24,6 @@ __all__ = [
     "EndpointError",
     "ImageTokenMismatch",
     "InputError",
-    "JudgeError",
     "MedVLMError",
     "NonFiniteLoss",
     "OutOfMemory",
@@ -110,7 +108,3 @@ class ImageTokenMismatch(MedVLMError):
 
 class PredictionMismatch(MedVLMError):
     """Predictions and benchmark items do not join one to one."""
-
-
-class JudgeError(MedVLMError):
-    """A judge's server refuses, answers nonsense, or the token budget is used."""

@@ -13,7 +13,7 @@ from medvlm.errors import InputError, PredictionMismatch
 from medvlm.records import Prediction, VQAItem
 from medvlm.store import read_records
 
-__all__ = ["Joined", "Missing", "join_answers", "read_predictions"]
+__all__ = ["Joined", "Missing", "join_answers", "json_lines", "read_predictions"]
 
 Missing = Literal["error", "wrong"]
 
@@ -42,7 +42,7 @@ def read_predictions(path: Path, *, benchmark: str) -> list[Prediction]:
     if path.suffix == ".parquet":
         return _from_parquet(path)
     predictions = [
-        _prediction(row, benchmark=benchmark, where=f"{path}, line {number}") for number, row in _json_lines(path)
+        _prediction(row, benchmark=benchmark, where=f"{path}, line {number}") for number, row in json_lines(path)
     ]
     if not predictions:
         raise InputError("the file holds no predictions", where=str(path), hint="check that the model's run ended well")
@@ -68,7 +68,12 @@ def _from_parquet(path: Path) -> list[Prediction]:
         ) from error
 
 
-def _json_lines(path: Path) -> Iterable[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterable[tuple[int, Any]]:
+    """Line number and value of each line of a JSONL file that is not blank.
+
+    Raises:
+        InputError: The file is missing, not UTF-8, or a line is not JSON, with its number.
+    """
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError as error:

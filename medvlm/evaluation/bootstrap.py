@@ -69,10 +69,18 @@ class Resamples:
         return len(np.unique(self.group[mask_I]))
 
 
-def interval(mean_B: Floats) -> tuple[float, float] | None:
-    """The central 95 % of the resampled means (percentile interval), or None if all are NaN."""
+def interval(mean_B: Floats, *, around: float | None = None) -> tuple[float, float] | None:
+    """The central 95 % of the resampled means (percentile interval), or None if all are NaN.
+
+    Args:
+        mean_B: Of one rule.
+        around: The score itself. On a few images a percentile interval can miss it; then that end
+            is moved to it.
+    """
     valid = mean_B[~np.isnan(mean_B)]
     if not len(valid):
         return None
     low, high = np.quantile(valid, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    if around is not None:
+        low, high = min(low, around), max(high, around)
     return float(low), float(high)

@@ -121,7 +121,8 @@ def score_rows(
             if not count_R[index]:
                 continue
             images = resamples.images(mask_I & ~np.isnan(table.values[:, index]))
-            ends = interval(mean_BR[:, index]) if images > 1 else None
+            value = float(sum_R[index] / count_R[index])
+            ends = interval(mean_BR[:, index], around=value) if images > 1 else None
             yield Score(
                 benchmark=benchmark,
                 model=model,
@@ -130,7 +131,7 @@ def score_rows(
                 slice=name,
                 answer_type=answer_type,
                 rule=rule,
-                value=_percent(sum_R[index] / count_R[index]),
+                value=_percent(value),
                 low=_percent(ends[0]) if ends else None,
                 high=_percent(ends[1]) if ends else None,
                 n=int(count_R[index]),

@@ -15,9 +15,10 @@ from rich.text import Text
 from medvlm.evaluation.compare import Difference
 from medvlm.evaluation.leaderboard import LeaderboardRow
 from medvlm.evaluation.metrics import HEADLINE
+from medvlm.evaluation.published import chat_table
 from medvlm.records import AnswerType
 
-__all__ = ["print_comparison", "print_leaderboard", "print_scores"]
+__all__ = ["print_chat_table", "print_comparison", "print_leaderboard", "print_scores"]
 
 _PIPE_WIDTH = 110
 _STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
@@ -218,3 +219,47 @@ def _interval(row: LeaderboardRow | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def print_chat_table(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print relative chat scores beside LLaVA-Med's, and the reviews that hold no marks.
+
+    Args:
+        summary: As ``summarise_reviews`` returns it.
+        console: Standard output if None.
+    """
+    console = console or _console()
+    published = chat_table()
+    judges = ", ".join(summary["judges"]) or "not recorded"
+    table = Table(title=f"Relative score in per cent of the reference; judge: {escape(judges)}", **_STYLE)
+    table.add_column("model", overflow="fold")
+    names: dict[str, str] = {
+        "conversation": "conv",
+        "detailed_description": "descr",
+        "chest_xray": "CXR",
+        "ct_scan": "CT",
+    }
+    columns: list[str] = published["columns"]
+    for column in columns:
+        table.add_column(names.get(column, column), justify="right", no_wrap=True)
+    ours = [summary["table"][column] for column in columns]
+    table.add_row("these reviews", *(_number(cell["relative"]) for cell in ours), style="bold")
+    ends = [f"{cell['low']:.0f}–{cell['high']:.0f}" if cell["low"] is not None else "" for cell in ours]
+    table.add_row("  95 %", *ends)
+    table.add_row("  questions", *(str(cell["n"]) for cell in ours))
+    for model, values in published["rows"].items():
+        table.add_row(f"{model} [1]", *(_number(value) for value in values))
+    console.print(table)
+    console.print(
+        Text(
+            f"[1] {published['source']}; judge {published['judge']}, retired: another judge's marks compare with none",
+            "dim",
+        )
+    )
+    for entry in summary["malformed"]:
+        console.print(
+            Text(
+                f"line {entry['line']}, question {entry['question_id']}: {entry['reason']}: {entry['first_line']}",
+                "yellow",
+            )
+        )
