@@ -93,6 +93,16 @@ class Workspace:
         """Shards of a benchmark's ``VQAItem`` records, every split."""
         return self.benchmark(name) / "items"
 
+    @property
+    def leakage(self) -> Path:
+        """Step folder: ``items/`` holds ``LeakedItem`` records of every benchmark; ``report.json`` the counts."""
+        return self.root / "leakage"
+
+    @property
+    def leaked_items(self) -> Path:
+        """Shards of ``LeakedItem`` records."""
+        return self.leakage / "items"
+
     def contract(self, name: str) -> Path:
         """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``."""
         return self.root / "contracts" / name
