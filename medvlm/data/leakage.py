@@ -31,8 +31,8 @@ __all__ = [
     "compare",
     "compare_releases",
     "compare_workspace",
+    "images_under_test",
     "leaked_item_ids",
-    "tested_image_hashes",
 ]
 
 Way = Literal["bytes", "image_id", "case_id", "phash", "question"]
@@ -244,7 +244,7 @@ def leaked_item_ids(
     }
 
 
-def tested_image_hashes(workspace: Workspace) -> dict[str, str]:
+def images_under_test(workspace: Workspace) -> dict[str, str]:
     """SHA-256 of every test image in the workspace → a benchmark that tests with it.
 
     For builders of training sets, which drop these images unless a recipe keeps them.

@@ -17,8 +17,8 @@ from medvlm.data.leakage import (
     compare,
     compare_releases,
     compare_workspace,
+    images_under_test,
     leaked_item_ids,
-    tested_image_hashes,
 )
 from medvlm.data.traces import Traces, normalise_question
 from medvlm.errors import InputError, WorkspaceError
@@ -193,8 +193,8 @@ def test_preference_pairs_are_training_data(tmp_path: Path) -> None:
 
 def test_what_builders_drop(tmp_path: Path) -> None:
     workspace = build(tmp_path, {"vqa-rad": [item("q", "test", "a.png"), item("t", "train", "b.png")]})
-    assert tested_image_hashes(workspace) == {f"{'a.png':0>64}": "vqa-rad"}
-    assert tested_image_hashes(Workspace(tmp_path / "empty")) == {}
+    assert images_under_test(workspace) == {f"{'a.png':0>64}": "vqa-rad"}
+    assert images_under_test(Workspace(tmp_path / "empty")) == {}
 
 
 def test_the_table_is_the_same_twice(tmp_path: Path) -> None:
