@@ -52,6 +52,12 @@ ORGANS: dict[Modality, tuple[str, ...]] = {
 _Box = tuple[float, float, float, float]
 _Colour = tuple[int, int, int]
 
+_SIDES_SIZES: tuple[tuple[Side, Size], ...] = (
+    ("left", "small"),
+    ("left", "large"),
+    ("right", "small"),
+    ("right", "large"),
+)
 _CENTRE_X = {"left": 40, "right": 88}
 _CENTRES_Y = (64, 33, 95)
 """Of the first, second and third lesion. The first place is always taken, so that presence is plain."""
@@ -87,12 +93,11 @@ def balanced_findings(rng: random.Random, modalities: Sequence[Modality], number
         modalities: Those to draw; each gets the same share, within one.
         number: How many findings.
     """
-    sides: tuple[Side, ...] = ("left", "right")
-    sizes: tuple[Size, ...] = ("small", "large")
-    lesions: list[tuple[int, Side, Size]]
-    lesions = [(count, side, size) for count in (1, 1, 2, 3) for side in sides for size in sizes]
+    lesions: list[tuple[int, Side, Size]] = []
+    for side, size in _SIDES_SIZES:
+        lesions += [(count, side, size) for count in (1, 1, 2, 3)]
     # 16 combinations with a lesion and 7 without: 30.4 % without.
-    lesions.extend([(0, "none", "none")] * 7)
+    lesions += [(0, "none", "none") for _ in range(7)]
     findings: list[Finding] = []
     for index, modality in enumerate(modalities):
         share = len(range(index, number, len(modalities)))

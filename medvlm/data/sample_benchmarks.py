@@ -136,12 +136,12 @@ def _rad_row(qid: int, split: str, name: str, asked: Asked, finding: Finding) ->
     return {
         "qid": qid,
         "phrase_type": "test_freeform" if split == "test" else "freeform",
-        "qid_linked_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"medvlm/sample/{name}/{asked.question.text('en')}")),
+        "qid_linked_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"medvlm/sample/{name}/{asked.text('en')}")),
         "image_case_url": f"https://example.org/synthetic/{name}",
         "image_name": name,
         "image_organ": _RAD_ORGANS[finding.organ],
         "evaluation": "not evaluated",
-        "question": asked.question.text("en"),
+        "question": asked.text("en"),
         "question_rephrase": "NULL",
         "question_relation": "NULL",
         "question_frame": "NULL",
@@ -184,7 +184,7 @@ def _slake_row(qid: int, image: int, asked: Asked, finding: Finding, language: L
     return {
         "img_id": image,
         "img_name": f"xmlab{image}/source.jpg",
-        "question": asked.question.text(language),
+        "question": asked.text(language),
         "answer": _text(asked, language),
         "q_lang": language,
         "location": _SLAKE_LOCATIONS[finding.organ],
@@ -217,7 +217,7 @@ def write_pathvqa(folder: Path, panels: Mapping[tuple[str, Split], Panel]) -> di
         for asked in panel.asked:
             record = records[asked.picture + 1]
             record["labelf"]["pvqa"].append({word(asked.answer, "en"): 1})
-            record["sentf"]["pvqa"].append(asked.question.text("en"))
+            record["sentf"]["pvqa"].append(asked.text("en"))
         counts[split] = len(panel.asked)
         write_rows(folder / f"pvqa_{name}.json", records)
     return counts

@@ -79,7 +79,7 @@ def instruct_rows(rng: random.Random, figures: Sequence[SampleFigure], language:
     rows: list[dict[str, Any]] = []
     for index, (figure, questions) in enumerate(zip(figures, turns, strict=True)):
         rng.shuffle(questions)
-        row = _row(rng, figure, [(q.question.text(language), _answer(rng, q, figure, language)) for q in questions])
+        row = _row(rng, figure, [(q.text(language), _answer(rng, q, figure, language)) for q in questions])
         if language == "en" and index % 25 == 10:
             row["conversatons"] = row.pop("conversations")
         rows.append(row)

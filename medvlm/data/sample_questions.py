@@ -56,8 +56,8 @@ class Question:
 
     key: str
     """``<subject>`` or ``<subject>:<value>``, such as ``side:left``."""
-    texts: tuple[str, str]
-    """In English and in Chinese."""
+    wordings: tuple[tuple[str, str], ...]
+    """Each in English and in Chinese."""
     answer: Callable[[Finding], str | None]
     """Key of the answer's word; None where the question must not be asked of the picture."""
 
@@ -65,10 +65,6 @@ class Question:
     def subject(self) -> str:
         """What is asked after: ``lesion``, ``side``, ``size``, ``count``, ``modality`` or ``organ``."""
         return self.key.partition(":")[0]
-
-    def text(self, language: Language) -> str:
-        """The wording."""
-        return self.texts[_column(language)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +74,14 @@ class Asked:
     picture: int
     """Index into the findings that were given."""
     question: Question
+    wording: int
     answer: str
     """Key of the answer's word."""
     answer_type: AnswerType
+
+    def text(self, language: Language) -> str:
+        """The question in one language."""
+        return self.question.wordings[self.wording][_column(language)]
 
 
 def word(key: str, language: Language) -> str:
@@ -105,44 +106,45 @@ def _single(answer: Callable[[Finding], str | None]) -> Callable[[Finding], str 
     return lambda finding: answer(finding) if finding.count == 1 else None
 
 
-def _lesion(finding: Finding) -> str:
-    return _yes_if(finding.count > 0)
-
-
-def _many(finding: Finding) -> str | None:
-    return _yes_if(finding.count > 1) if finding.count else None
-
-
-_LEFT = _single(_is("side", "left"))
-_LARGE = _single(_is("size", "large"))
-
 # One polarity a subject: "Is it large?" and never "Is it small?". Asking both makes the answer an
 # exclusive-or of wording and picture, which a tiny model does not learn in a minute (measured: closed
 # accuracy 54 % with both, 95 % with one, same model, same steps). Other wordings keep it from rote.
 CLOSED: tuple[Question, ...] = (
-    Question("lesion", ("Is there a lesion?", "图中有病变吗?"), _lesion),
-    Question("lesion", ("Does the image show a lesion?", "图像显示了病变吗?"), _lesion),
-    Question("count:many", ("Is there more than one lesion?", "病变多于一个吗?"), _many),
-    Question("count:many", ("Are there several lesions?", "有多个病变吗?"), _many),
-    Question("side:left", ("Is the lesion on the left side?", "病变在左侧吗?"), _LEFT),
-    Question("side:left", ("Is the lesion on the left?", "病变位于左侧吗?"), _LEFT),
-    Question("size:large", ("Is the lesion large?", "病变大吗?"), _LARGE),
-    Question("size:large", ("Is this a large lesion?", "这是大病变吗?"), _LARGE),
-    Question("modality:chest_xray", ("Is this a chest X-ray?", "这是胸部X光片吗?"), _is("modality", "chest_xray")),
-    Question("modality:ct", ("Is this a CT image?", "这是CT图像吗?"), _is("modality", "ct")),
-    Question("modality:mri", ("Is this an MRI image?", "这是MRI图像吗?"), _is("modality", "mri")),
-    Question("modality:gross", ("Is this a gross specimen?", "这是大体标本吗?"), _is("modality", "gross")),
-    Question("organ:head", ("Is the head shown?", "图中显示的是头部吗?"), _is("organ", "head")),
-    Question("organ:liver", ("Is the liver shown?", "图中显示的是肝脏吗?"), _is("organ", "liver")),
+    Question(
+        "lesion",
+        (("Is there a lesion?", "图中有病变吗?"), ("Does the image show a lesion?", "图像显示了病变吗?")),
+        lambda f: _yes_if(f.count > 0),
+    ),
+    Question(
+        "count:many",
+        (("Is there more than one lesion?", "病变多于一个吗?"), ("Are there several lesions?", "有多个病变吗?")),
+        lambda f: _yes_if(f.count > 1) if f.count else None,
+    ),
+    Question(
+        "side:left",
+        (("Is the lesion on the left side?", "病变在左侧吗?"), ("Is the lesion on the left?", "病变位于左侧吗?")),
+        _single(_is("side", "left")),
+    ),
+    Question(
+        "size:large",
+        (("Is the lesion large?", "病变大吗?"), ("Is this a large lesion?", "这是大病变吗?")),
+        _single(_is("size", "large")),
+    ),
+    Question("modality:chest_xray", (("Is this a chest X-ray?", "这是胸部X光片吗?"),), _is("modality", "chest_xray")),
+    Question("modality:ct", (("Is this a CT image?", "这是CT图像吗?"),), _is("modality", "ct")),
+    Question("modality:mri", (("Is this an MRI image?", "这是MRI图像吗?"),), _is("modality", "mri")),
+    Question("modality:gross", (("Is this a gross specimen?", "这是大体标本吗?"),), _is("modality", "gross")),
+    Question("organ:head", (("Is the head shown?", "图中显示的是头部吗?"),), _is("organ", "head")),
+    Question("organ:liver", (("Is the liver shown?", "图中显示的是肝脏吗?"),), _is("organ", "liver")),
 )
 """Questions answered by yes or no."""
 
 OPEN: tuple[Question, ...] = (
-    Question("side", ("Which side is the lesion on?", "病变在哪一侧?"), _single(lambda f: f.side)),
-    Question("size", ("What is the size of the lesion?", "病变的大小如何?"), _single(lambda f: f.size)),
-    Question("count", ("How many lesions are there?", "有几个病变?"), lambda f: str(f.count) if f.count else None),
-    Question("modality", ("What modality is shown?", "这是什么成像方式?"), lambda f: f.modality),
-    Question("organ", ("Which organ is shown?", "图中显示的是哪个部位?"), lambda f: f.organ),
+    Question("side", (("Which side is the lesion on?", "病变在哪一侧?"),), _single(lambda f: f.side)),
+    Question("size", (("What is the size of the lesion?", "病变的大小如何?"),), _single(lambda f: f.size)),
+    Question("count", (("How many lesions are there?", "有几个病变?"),), lambda f: str(f.count) if f.count else None),
+    Question("modality", (("What modality is shown?", "这是什么成像方式?"),), lambda f: f.modality),
+    Question("organ", (("Which organ is shown?", "图中显示的是哪个部位?"),), lambda f: f.organ),
 )
 """Questions answered by a word."""
 
@@ -150,7 +152,7 @@ OPEN: tuple[Question, ...] = (
 def ask(rng: random.Random, findings: Sequence[Finding], *, closed: float, open_: int) -> list[Asked]:
     """Questions about pictures, sorted by picture.
 
-    Every closed question gets as many pictures with the answer yes as with no, exactly.
+    Every wording of a closed question gets as many pictures with the answer yes as with no, exactly.
 
     Args:
         rng: Decides which pictures a question is put to.
@@ -164,13 +166,15 @@ def ask(rng: random.Random, findings: Sequence[Finding], *, closed: float, open_
     pairs = max(1, round(len(findings) * closed / (2 * max(1, len(pools)))))
     for question, pool in pools:
         each = min(pairs, len(pool["yes"]), len(pool["no"]))
-        for answer in ("yes", "no"):
-            asked += [Asked(picture, question, answer, "closed") for picture in pool[answer][:each]]
+        for index, pair in enumerate(zip(pool["yes"][:each], pool["no"][:each], strict=True)):
+            wording = index % len(question.wordings)
+            for picture, answer in zip(pair, ("yes", "no"), strict=True):
+                asked.append(Asked(picture, question, wording, answer, "closed"))
     for picture, finding in enumerate(findings):
         fitting = [(q, a) for q in OPEN if (a := q.answer(finding)) is not None]
         for question, answer in rng.sample(fitting, min(open_, len(fitting))):
-            asked.append(Asked(picture, question, answer, "open"))
-    return sorted(asked, key=lambda a: (a.picture, a.answer_type, a.question.texts))
+            asked.append(Asked(picture, question, 0, answer, "open"))
+    return sorted(asked, key=lambda a: (a.picture, a.answer_type, a.question.key))
 
 
 def _by_answer(rng: random.Random, question: Question, findings: Sequence[Finding]) -> dict[str, list[int]]:
@@ -195,7 +199,9 @@ def _lesions(finding: Finding) -> str:
 
 def _english_caption(rng: random.Random, finding: Finding) -> str:
     picture = _PICTURES[finding.modality][0]
-    shown = f"{picture[0].upper()}{picture[1:]} of the {finding.organ}"
+    shown = f"{picture[0].upper()}{picture[1:]}"
+    if finding.organ not in picture:
+        shown += f" of the {finding.organ}"
     if finding.count == 0:
         forms = (
             f"{shown}. There is no lesion.",
@@ -207,7 +213,8 @@ def _english_caption(rng: random.Random, finding: Finding) -> str:
     forms = (
         f"{shown} showing {_lesions(finding)} on the {finding.side} side.",
         f"{shown}. There {'are' if many else 'is'} {_lesions(finding)} on the {finding.side} side.",
-        f"{_lesions(finding).capitalize()} on the {finding.side} side. This is a {picture} of the {finding.organ}.",
+        f"{_lesions(finding).capitalize()} on the {finding.side} side. This is a {picture}, and the organ shown is "
+        f"the {finding.organ}.",
         (
             f"{shown}. The image does not look normal: there {'are' if many else 'is'} {_lesions(finding)}. The "
             f"{'lesions are' if many else 'lesion is'} on the {finding.side} side of the image, and the size is "
