@@ -30,6 +30,7 @@ def dataset() -> None:
     help="Published JSON, joined to the fetched figures; or a folder of figure shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
+@click.option("--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with.")
 @click.option("--endpoint", is_flag=True, help="Have a chat model write the conversations (instruct only).")
 @click.option("--token-budget", type=click.IntRange(1), help="Most tokens that may be spent on the endpoint.")
 @click.option("--concurrency", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests at a time.")
@@ -40,6 +41,7 @@ def build(
     name: str,
     source: Path | None,
     seed: int,
+    keep_leaked: bool,
     endpoint: bool,
     token_budget: int | None,
     concurrency: int,
@@ -65,37 +67,38 @@ def build(
     if endpoint and (name != "instruct" or official):
         raise click.UsageError("--endpoint writes instruct conversations, and not together with a published file")
     if name == "alignment":
-        report = build_alignment(workspace, official=official, figures=shards, seed=seed)
+        report = build_alignment(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
     elif name == "preference":
-        report = _build_preference(workspace, official)
+        report = _build_preference(workspace, official, keep_leaked)
+    elif endpoint:
+        report = _write_with_endpoint(workspace, shards, seed, keep_leaked, token_budget, concurrency)
     else:
-        report = _build_instruct(workspace, official, shards, seed, token_budget, concurrency if endpoint else None)
+        from medvlm.data.instruct import build_instruct
+
+        report = build_instruct(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
     _print_report(report, as_json)
 
 
-def _build_preference(workspace: Workspace, official: Path | None) -> Report:
+def _build_preference(workspace: Workspace, official: Path | None, keep_leaked: bool) -> Report:
     from medvlm.data.conversations import decisions
     from medvlm.data.preference import build_preference, join_preferences
 
     if official is None:
         raise click.UsageError("preference pairs need --official, the published JSON")
     rows = join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
-    return build_preference(workspace, rows, official=official)
+    return build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
 
 
-def _build_instruct(
+def _write_with_endpoint(
     workspace: Workspace,
-    official: Path | None,
     shards: Path | None,
     seed: int,
+    keep_leaked: bool,
     token_budget: int | None,
-    concurrency: int | None,
+    concurrency: int,
 ) -> Report:
-    from medvlm.data.instruct import build_instruct
-
-    if concurrency is None:
-        return build_instruct(workspace, official=official, figures=shards, seed=seed)
     from medvlm.data.endpoint import ChatClient, Endpoint, EndpointSettings, TokenBudget
+    from medvlm.data.instruct import build_instruct
     from medvlm.data.response_cache import ResponseCache
 
     endpoint = Endpoint.from_environment()
@@ -103,7 +106,7 @@ def _build_instruct(
         client = ChatClient(
             endpoint, cache, budget=TokenBudget(token_budget), settings=EndpointSettings(concurrency=concurrency)
         )
-        report = build_instruct(workspace, figures=shards, client=client, seed=seed)
+        report = build_instruct(workspace, figures=shards, client=client, seed=seed, keep_leaked=keep_leaked)
         click.echo(f"spent {client.budget.spent:,} tokens", err=True)
     return report
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from medvlm.data.conversations import (
     decisions,
     joined_samples,
-    official_state,
     pick,
     prompts,
     read_official,
@@ -16,6 +15,7 @@ from medvlm.data.conversations import (
     usable_figures,
     write_dataset,
 )
+from medvlm.data.official import official_state
 from medvlm.records import Figure, Turn
 from medvlm.store import Report, Workspace
 
@@ -26,7 +26,12 @@ BRIEF_WORDS = 30
 
 
 def build_alignment(
-    workspace: Workspace, *, official: Path | None = None, figures: Path | None = None, seed: int = 0
+    workspace: Workspace,
+    *,
+    official: Path | None = None,
+    figures: Path | None = None,
+    seed: int = 0,
+    keep_leaked: bool = False,
 ) -> Report:
     """Write the alignment samples of the fetched figures.
 
@@ -36,6 +41,7 @@ def build_alignment(
             captions are the answers.
         figures: Shards of figures; the workspace's by default.
         seed: Decides which of our 27 prompts a figure gets.
+        keep_leaked: Keep images that a benchmark of this workspace tests with.
 
     Raises:
         InputError: The official file is malformed, or no sample came out.
@@ -47,7 +53,12 @@ def build_alignment(
     if official:
         rows = joined_samples(folder, read_official(official), dataset="alignment", decided=decided)
         return write_dataset(
-            workspace, "alignment", rows, started=started, details={"official": official_state(official)}
+            workspace,
+            "alignment",
+            rows,
+            started=started,
+            details={"official": official_state(official)},
+            keep_leaked=keep_leaked,
         )
     rows = samples_of_figures(
         usable_figures(folder, decided),
@@ -55,7 +66,7 @@ def build_alignment(
         dataset="alignment",
         source="caption",
     )
-    return write_dataset(workspace, "alignment", rows, started=started, details={}, seed=seed)
+    return write_dataset(workspace, "alignment", rows, started=started, details={}, seed=seed, keep_leaked=keep_leaked)
 
 
 def alignment_turns(figure: Figure, seed: int) -> tuple[Turn, ...] | str:

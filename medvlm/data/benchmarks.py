@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from medvlm.data.images import image_hashes
+from medvlm.data.official import official_state, question_files
 from medvlm.data.readers.data_rad import read_data_rad
 from medvlm.data.readers.hub_parquet import hub_files, read_hub_parquet
 from medvlm.data.readers.medmnist import COLLECTIONS, read_medmnist
@@ -166,16 +167,26 @@ def build_benchmark(workspace: Workspace, name: str, source: Path, *, tolerance:
     report = Report(
         step=f"build-benchmark {name}",
         counts={"items": tally.kept, "dropped": tally.dropped, **tally.by("split"), **tally.by("split_answer_type")},
-        details={**tally.details(), "licence": benchmark.licence, "source": benchmark.source},
+        details={
+            **tally.details(),
+            "licence": benchmark.licence,
+            "source": benchmark.source,
+            "files": [official_state(file) for file in question_files(source)],
+        },
         fingerprint=fingerprint(*shard_paths(workspace.items(name))),
     )
     return write_report(workspace.benchmark(name), report, started=started, packages=("pyarrow", "pillow", "imagehash"))
 
 
-def finetune_samples(items: Iterable[VQAItem]) -> Iterator[Sample]:
-    """The train split as single-turn training samples: question and ``<image>``, then the answer."""
+def finetune_samples(items: Iterable[VQAItem], *, without: Collection[str] = ()) -> Iterator[Sample]:
+    """The train split as single-turn training samples: question and ``<image>``, then the answer.
+
+    Args:
+        items: Of any splits.
+        without: SHA-256 of images to leave out, such as those of test items.
+    """
     for item in items:
-        if item.split == "train":
+        if item.split == "train" and item.image_sha256 not in without:
             yield Sample(
                 sample_id=f"{item.benchmark}-{item.item_id}",
                 dataset=item.benchmark,

@@ -13,14 +13,15 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet as pq
 
+from medvlm.data.leakage import images_under_test
 from medvlm.data.modality import modality_of_caption
 from medvlm.data.readers import llava_med
 from medvlm.data.readers.chimed import read_chimed
 from medvlm.data.readers.llava_med import Conversation
-from medvlm.data.readers.source import Dropped, file_sha256
+from medvlm.data.readers.source import Dropped
 from medvlm.data.tally import Tally
 from medvlm.errors import InputError
-from medvlm.records import Figure, Sample, Turn
+from medvlm.records import Figure, PreferencePair, Sample, Turn
 from medvlm.review import Journal, Verdict, obey, verdicts
 from medvlm.store import Report, Workspace, fingerprint, iterate_records, shard_paths, write_records, write_report
 
@@ -29,7 +30,6 @@ __all__ = [
     "decisions",
     "joined_samples",
     "language_of",
-    "official_state",
     "pick",
     "prompt_text",
     "prompts",
@@ -38,10 +38,12 @@ __all__ = [
     "sample_or_drop",
     "samples_of_figures",
     "usable_figures",
+    "without_leaked",
     "write_dataset",
 ]
 
 Reviewed = TypeVar("Reviewed", Figure, Sample)
+Kept = TypeVar("Kept", Sample, PreferencePair)
 
 
 def usable_figures(folder: Path, decided: Mapping[str, Verdict] | None = None) -> Iterator[Figure | Dropped]:
@@ -190,10 +192,12 @@ def write_dataset(
     details: dict[str, Any],
     seed: int | None = None,
     made_with: Sequence[str] = (),
+    keep_leaked: bool = False,
 ) -> Report:
     """Write a dataset's samples and its report: counts, and every reason for a loss with the first ten.
 
-    Reviewers' rejections and edits of this dataset's samples are obeyed.
+    Reviewers' rejections and edits of this dataset's samples are obeyed, and images that a benchmark
+    of this workspace tests with are dropped.
 
     Args:
         workspace: Gets ``samples(name)`` and the report.
@@ -203,6 +207,7 @@ def write_dataset(
         details: For the report, beside the counts.
         seed: Of the build, where it has one.
         made_with: Prompts and models beside the content that the fingerprint covers.
+        keep_leaked: Keep test images. Scores must then say so.
 
     Raises:
         InputError: Not one sample came out; what was built before stays in place.
@@ -210,6 +215,8 @@ def write_dataset(
     tally = Tally()
     decided = decisions(workspace, name)
     heard = (row if isinstance(row, Dropped) else reviewed(row, row.sample_id, decided) for row in rows)
+    if not keep_leaked:
+        heard = without_leaked(workspace, heard)
     write_records(workspace.samples(name), Sample, _counted(name, heard, tally))
     counts = {"samples": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")}
     report = Report(
@@ -220,6 +227,21 @@ def write_dataset(
         fingerprint=fingerprint(*made_with, *shard_paths(workspace.samples(name))),
     )
     return write_report(workspace.dataset(name), report, started=started)
+
+
+def without_leaked(workspace: Workspace, rows: Iterable[Kept | Dropped]) -> Iterator[Kept | Dropped]:
+    """The rows, but for those whose very image a benchmark of the workspace tests with."""
+    tested = images_under_test(workspace)
+    for row in rows:
+        benchmark = None if isinstance(row, Dropped) else tested.get(row.image_sha256)
+        if isinstance(row, Dropped) or benchmark is None:
+            yield row
+        else:
+            yield Dropped(f"test image of {benchmark}", "leaked", _id_of(row))
+
+
+def _id_of(row: Sample | PreferencePair) -> str:
+    return row.sample_id if isinstance(row, Sample) else row.pair_id
 
 
 def decisions(workspace: Workspace, table: str) -> dict[str, Verdict]:
@@ -279,12 +301,3 @@ def read_official(path: Path) -> Iterator[Conversation | Dropped]:
     if path.suffix == ".jsonl" or path.name.lower().startswith("chimed"):
         return read_chimed(path)
     return llava_med.read_conversations(path)
-
-
-def official_state(path: Path) -> dict[str, str]:
-    """SHA-256 of a published file, and whether it is the published content: match, mismatch or unknown."""
-    sha256 = file_sha256(path)
-    known = llava_med.SHA256.get(path.name)
-    if sha256 in llava_med.SHA256.values():
-        return {"file": path.name, "sha256": sha256, "official": "match"}
-    return {"file": path.name, "sha256": sha256, "official": "mismatch" if known else "unknown"}

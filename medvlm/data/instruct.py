@@ -11,7 +11,6 @@ from medvlm.data.conversations import (
     count_figures,
     decisions,
     joined_samples,
-    official_state,
     prompt_text,
     read_official,
     sample_or_drop,
@@ -20,6 +19,7 @@ from medvlm.data.conversations import (
     write_dataset,
 )
 from medvlm.data.endpoint import ChatClient
+from medvlm.data.official import official_state
 from medvlm.data.offline_instruct import offline_turns
 from medvlm.data.readers.source import Dropped
 from medvlm.data.self_instruct import ask_in_order, written_turns
@@ -37,6 +37,7 @@ def build_instruct(
     figures: Path | None = None,
     client: ChatClient | None = None,
     seed: int = 0,
+    keep_leaked: bool = False,
 ) -> Report:
     """Write the instruction samples of the fetched figures.
 
@@ -48,6 +49,7 @@ def build_instruct(
         client: Asks a chat endpoint. Refused and malformed answers are dropped with their reason;
             its cache makes a second run go on where the first one stopped.
         seed: Decides the wording where rules write, and is passed to the endpoint.
+        keep_leaked: Keep images that a benchmark of this workspace tests with.
 
     Raises:
         InputError: The official file is malformed, or no sample came out.
@@ -60,7 +62,12 @@ def build_instruct(
     if official:
         rows = joined_samples(folder, read_official(official), dataset="instruct", decided=decided)
         return write_dataset(
-            workspace, "instruct", rows, started=started, details={"official": official_state(official)}
+            workspace,
+            "instruct",
+            rows,
+            started=started,
+            details={"official": official_state(official)},
+            keep_leaked=keep_leaked,
         )
     figures_wanted = usable_figures(folder, decided)
     if client:
@@ -73,11 +80,12 @@ def build_instruct(
             details={"prompt_sha256": prompt_sha256, "model": client.endpoint.model},
             seed=seed,
             made_with=(prompt_sha256, client.endpoint.model),
+            keep_leaked=keep_leaked,
         )
     rows = samples_of_figures(
         figures_wanted, lambda figure: offline_turns(figure, seed), dataset="instruct", source="generated-offline"
     )
-    return write_dataset(workspace, "instruct", rows, started=started, details={}, seed=seed)
+    return write_dataset(workspace, "instruct", rows, started=started, details={}, seed=seed, keep_leaked=keep_leaked)
 
 
 def _generated(

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from medvlm.data.conversations import official_state, pick, prompt_text, prompts, usable_figures
+from medvlm.data.conversations import pick, prompt_text, prompts, usable_figures, without_leaked
 from medvlm.data.endpoint import ChatClient, Unanswered
+from medvlm.data.official import official_state
 from medvlm.data.readers.llava_med import SLOT
 from medvlm.data.readers.source import Dropped
 from medvlm.data.readers.stllava_dpo import PreferenceText, read_preferences
@@ -139,6 +140,7 @@ def build_preference(
     *,
     official: Path | None = None,
     seed: int | None = None,
+    keep_leaked: bool = False,
 ) -> Report:
     """Write preference pairs and their report; ties, equal answers and misses are counted.
 
@@ -147,6 +149,7 @@ def build_preference(
         rows: Of ``join_preferences`` or ``self_preferences``.
         official: The published file, to report whether it is the published content.
         seed: Of the rows, for the report.
+        keep_leaked: Keep images that a benchmark of this workspace tests with.
 
     Raises:
         InputError: Not one pair came out; what was built before stays in place.
@@ -155,7 +158,7 @@ def build_preference(
     tally = Tally()
 
     def counted() -> Iterator[PreferencePair]:
-        for pair in tally.sift(rows):
+        for pair in tally.sift(rows if keep_leaked else without_leaked(workspace, rows)):
             tally.keep(source=pair.source)
             yield pair
         if not tally.kept:

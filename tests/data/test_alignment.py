@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from medvlm.cli import cli
 from medvlm.data.alignment import alignment_turns, build_alignment
+from medvlm.data.benchmarks import build_benchmark, finetune_samples, read_benchmark
 from medvlm.data.conversations import pick, prompts
 from medvlm.data.instruct import build_instruct
 from medvlm.data.offline_instruct import offline_turns, split_sentences
@@ -158,6 +159,24 @@ def test_reviewers_take_figures_and_samples_out_and_edit_them(tmp_path: Path) ->
         "review_rejected": 1,
         "review_privacy": 1,
     }
+
+
+def test_images_that_a_benchmark_tests_with_are_dropped_unless_kept(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, figure(1), figure(2))
+    release = tmp_path / "release"
+    (release / "images").mkdir(parents=True)
+    for name, number in (("test_1", 1), ("train_2", 2)):
+        (release / "images" / f"{name}.jpg").write_bytes(figure(number).image.bytes)
+        record = {"img_id": name, "labelf": {"pvqa": [{"yes": 1}]}, "sentf": {"pvqa": ["Is it?"]}}
+        (release / f"pvqa_{name.split('_')[0]}.json").write_text(json.dumps([record]))
+    build_benchmark(workspace, "pathvqa", release)
+    report = build_alignment(workspace)
+    assert [sample.sample_id for sample in samples(workspace, "alignment")] == ["10_F2"]
+    assert report.details["dropped"]["leaked"]["first"] == ["10_F1 (test image of pathvqa)"]
+    assert build_alignment(workspace, keep_leaked=True).counts["samples"] == 2
+    items = list(read_benchmark("pathvqa", release))
+    assert len(list(finetune_samples(items))) == 1
+    assert not list(finetune_samples(items, without={figure(2).sha256}))
 
 
 def test_nothing_in_common_is_an_error_and_the_last_dataset_stays(tmp_path: Path) -> None:

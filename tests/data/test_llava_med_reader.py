@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvlm.data.conversations import official_state
 from medvlm.data.modality import modality_of_caption, modality_of_domain
+from medvlm.data.official import official_state
 from medvlm.data.readers.llava_med import (
     Conversation,
     fault_of,

@@ -8,10 +8,12 @@ from pathlib import Path
 from medvlm.data.readers.source import Dropped, choice_of, integer_of, object_rows, text_of
 from medvlm.records import AnswerType, Image, Split, VQAItem
 
-__all__ = ["IMAGE_FOLDER", "PUBLIC_FILE", "read_vqa_rad"]
+__all__ = ["IMAGE_FOLDER", "PUBLIC_FILE", "SHA256", "read_vqa_rad"]
 
 PUBLIC_FILE = "VQA_RAD Dataset Public.json"
 IMAGE_FOLDER = "VQA_RAD Image Folder"
+
+SHA256 = {PUBLIC_FILE: "948b7156059b864cf72344fb10669233526b175c243e5a046d20d4201d297a95"}
 
 ANSWER_TYPES: dict[str, AnswerType] = {"CLOSED": "closed", "OPEN": "open"}
 # The paper's Methods: chest X-rays, axial abdominal CT slices, and head slices that are CT or MRI.
