@@ -14,7 +14,8 @@ VIEWS = Path(__file__).parent / "views"
 st.set_page_config(page_title="medvlm", layout="wide", initial_sidebar_state=220)
 chosen = st.navigation(
     [
-        st.Page(VIEWS / "data.py", title="Data", default=True),
+        st.Page(VIEWS / "overview.py", title="Overview", default=True),
+        st.Page(VIEWS / "data.py", title="Data"),
         st.Page(VIEWS / "review.py", title="Review"),
         st.Page(VIEWS / "runs.py", title="Runs"),
         st.Page(VIEWS / "benchmarks.py", title="Benchmarks"),

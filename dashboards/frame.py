@@ -30,7 +30,9 @@ __all__ = [
     "show",
     "stamp",
     "tidy",
+    "turns_of",
     "web_link",
+    "without_mark",
 ]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])")
@@ -79,6 +81,11 @@ def escaped(text: str) -> str:
 def foreign_text(text: str, *, limit: int = 4000) -> None:
     """Show text that came from data, exactly as it is."""
     st.text(text if len(text) <= limit else f"{text[:limit]} … ({len(text):,} characters)")
+
+
+def without_mark(text: str) -> str:
+    """A turn's text without the mark that says where the image goes; the image is shown beside it."""
+    return text.replace("<image>", "").strip()
 
 
 def web_link(label: str, url: str) -> None:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,7 +19,7 @@ from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
 from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
 
-__all__ = ["Check", "ContractResult", "Curve", "Page", "Results", "Source", "score_board", "thumbnail"]
+__all__ = ["Check", "ContractResult", "Curve", "Page", "Results", "Source", "Step", "score_board", "thumbnail"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ class Curve:
         return f"{self.recipe} · stage {self.stage}" + (f" · {self.target}" if self.target else "")
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of the pipeline and whether its result is there."""
+
+    name: str
+    state: Literal["done", "stale", "missing"]
+    """``stale``: a step that it reads from has a newer result."""
+    report: Report | None
+
+
 class Results:
     """Reads one workspace.
 
@@ -96,6 +106,7 @@ class Results:
 
     def _watched(self) -> Iterator[Path]:
         workspace = self.workspace
+        yield from workspace.corpus.glob("report.json")
         for folder in (
             workspace.figures,
             workspace.dataset("_").parent,
@@ -108,6 +119,47 @@ class Results:
         ):
             for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
                 yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".parquet"))
+
+    # ---------------------------------------------------------------- overview
+
+    def data_steps(self) -> list[Step]:
+        """The steps that all recipes share, in the order of the pipeline."""
+        workspace = self.workspace
+        folders = {"corpus": workspace.corpus, "figures": workspace.figures}
+        folders |= {name: workspace.dataset(name) for name in ("alignment", "instruct")}
+        inputs = {"alignment": ["figures"], "instruct": ["figures"]}
+        for name in _names(workspace.benchmark("_").parent):
+            folders[name] = workspace.benchmark(name)
+        return _steps(folders, inputs)
+
+    def recipe_steps(self, recipe: str) -> list[Step]:
+        """The steps of one recipe, from the first stage to the scores."""
+        workspace = self.workspace
+        folders = {"alignment": workspace.dataset("alignment"), "instruct": workspace.dataset("instruct")}
+        folders |= {f"stage {n}": workspace.stage(recipe, n) for n in (1, 2, 3)}
+        inputs = {"stage 1": ["alignment"], "stage 2": ["instruct", "stage 1"], "stage 3": ["stage 2"]}
+        for name in _names(workspace.benchmark("_").parent):
+            folders[f"{name} items"] = workspace.benchmark(name)
+            folders[f"answers to {name}"] = workspace.predictions(recipe, name)
+            folders[f"scores on {name}"] = workspace.scores(recipe, name)
+            inputs[f"answers to {name}"] = ["stage 3", f"{name} items"]
+            inputs[f"scores on {name}"] = [f"answers to {name}"]
+        return [step for step in _steps(folders, inputs) if step.name in inputs]
+
+    def recipes(self) -> list[str]:
+        """The recipes that this workspace has a checkpoint or an answer of."""
+        workspace = self.workspace
+        return sorted(
+            {*_names(workspace.stage("_", 1).parent.parent), *_names(workspace.predictions("_", "_").parent.parent)}
+        )
+
+    def disk_use(self) -> dict[str, int]:
+        """Bytes of each folder of the workspace, the largest first."""
+        sizes = {
+            name: sum(path.lstat().st_size for path in (self.workspace.root / name).rglob("*") if path.is_file())
+            for name in _names(self.workspace.root)
+        }
+        return dict(sorted(sizes.items(), key=lambda pair: -pair[1]))
 
     # ---------------------------------------------------------------- sources and their rows
 
@@ -275,6 +327,19 @@ def score_board(scores: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
     several = board.groupby("model")["stage"].transform("nunique") > 1
     board["label"] = board["model"].where(~several, board["model"] + " · " + board["stage"])
     return board.sort_values("value", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _steps(folders: Mapping[str, Path], inputs: Mapping[str, Sequence[str]]) -> list[Step]:
+    reports = {name: read_report(folder) for name, folder in folders.items()}
+
+    def state(name: str) -> Literal["done", "stale", "missing"]:
+        report = reports[name]
+        if report is None:
+            return "missing"
+        above = [reports[other] for other in inputs.get(name, ())]
+        return "stale" if any(r is not None and r.created_at > report.created_at for r in above) else "done"
+
+    return [Step(name, state(name), report) for name, report in reports.items()]
 
 
 def _names(folder: Path) -> list[str]:

@@ -138,6 +138,46 @@ def test_a_shard_of_another_version_is_an_error_and_not_a_crash(workspace: Works
         source.facet("modality")
 
 
+def write_step(folder: Path, created_at: str) -> None:
+    write_json(folder / "report.json", {"step": "s", "counts": {"rows": 3}, "created_at": created_at})
+
+
+def test_a_step_is_out_of_date_when_what_it_reads_is_newer(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    write_step(workspace.figures, "2026-01-03T00:00:00+00:00")
+    write_step(workspace.dataset("alignment"), "2026-01-02T00:00:00+00:00")
+    write_step(workspace.dataset("instruct"), "2026-01-04T00:00:00+00:00")
+    write_step(workspace.benchmark("slake"), "2026-01-01T00:00:00+00:00")
+    write_step(workspace.stage("tiny", 1), "2026-01-05T00:00:00+00:00")
+    write_step(workspace.predictions("tiny", "slake"), "2026-01-06T00:00:00+00:00")
+    results = Results(tmp_path)
+    assert {step.name: step.state for step in results.data_steps()} == {
+        "corpus": "missing",
+        "figures": "done",
+        "alignment": "stale",
+        "instruct": "done",
+        "slake": "done",
+    }
+    assert results.recipes() == ["tiny"]
+    assert {step.name: step.state for step in results.recipe_steps("tiny")} == {
+        "stage 1": "done",
+        "stage 2": "missing",
+        "stage 3": "missing",
+        "answers to slake": "done",
+        "scores on slake": "missing",
+    }
+    write_step(workspace.dataset("alignment"), "2026-01-07T00:00:00+00:00")
+    assert results.recipe_steps("tiny")[0].state == "stale"
+
+
+def test_disk_use_is_counted_by_folder(workspace: Workspace) -> None:
+    (workspace.root / "scratch").mkdir()
+    (workspace.root / "scratch" / "big").write_bytes(b"0" * 10_000_000)
+    use = Results(workspace.root).disk_use()
+    assert list(use) == ["scratch", "datasets"]
+    assert use["scratch"] == 10_000_000
+
+
 def test_contracts_come_broken_first(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     check = {

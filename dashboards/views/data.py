@@ -22,6 +22,7 @@ from dashboards.frame import (
     stamp,
     tidy,
     turns_of,
+    without_mark,
 )
 from medvlm.results import ContractResult, Results, Source
 
@@ -228,12 +229,14 @@ def picture_section() -> None:
 
 def _card(row: dict, source: Source) -> None:
     picture(row["image"]["bytes"], alt=str(row[source.key]))
-    for speaker, text in turns_of(row, source)[:4]:
-        if speaker not in ("caption", "mention"):
-            st.caption(speaker)
-        foreign_text(text.removeprefix("<image>\n"), limit=320)
-        if speaker == "caption":
-            break
+    pairs = turns_of(row, source)
+    for speaker, text in pairs[: 1 if source.kind == "figures" else 4]:
+        with st.container(gap="xxsmall"):
+            if speaker != "caption":
+                st.caption(speaker)
+            foreign_text(without_mark(text), limit=320)
+    if source.kind != "figures" and len(pairs) > 4:
+        st.caption(f"and {len(pairs) - 4} more turns")
     facts = [str(row[column]) for column in ("licence", "modality", "split", "answer_type") if row.get(column)]
     st.caption(escaped(" · ".join([str(row[source.key]), *map(tidy, facts)])))
 

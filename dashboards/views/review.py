@@ -10,18 +10,30 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from dashboards.frame import empty, escaped, foreign_text, picture, results, show, stamp, tidy, turns_of, web_link
+from dashboards.frame import (
+    empty,
+    escaped,
+    foreign_text,
+    picture,
+    results,
+    show,
+    stamp,
+    tidy,
+    turns_of,
+    web_link,
+    without_mark,
+)
 from medvlm.errors import InputError, MedVLMError
 from medvlm.results import Results, Source
 from medvlm.review import Action, Decision, agreement, standing
 
 # Key → label and why a record is rejected. One key press is one decision.
 REASONS = {
-    "1": ("Text unfit", "the text does not fit the image"),
-    "2": ("Not medical", "not a medical image"),
-    "3": ("Panels", "several panels in one image"),
-    "4": ("Unreadable", "unreadable or cut off"),
-    "5": ("Wrong", "a wrong or unsafe statement"),
+    "1": ("text", "the text does not fit the image"),
+    "2": ("not medical", "not a medical image"),
+    "3": ("panels", "several panels in one image"),
+    "4": ("cut off", "unreadable or cut off"),
+    "5": ("wrong", "a wrong or unsafe statement"),
 }
 QUEUES = {
     "random": "Random order",
@@ -196,23 +208,27 @@ def body() -> None:
         st.button("Skip", on_click=skip, args=(source.name, record_id), shortcut="s")
     else:
         _show_record(who, source, record_id, row)
-    with st.container(horizontal=True):
-        st.button("Undo my last decision", shortcut="u", on_click=undo, args=(who,), disabled=not who)
+    if row is None:
+        st.button("Undo", shortcut="u", on_click=undo, args=(who,), disabled=not who, key="undo-alone")
     _progress(heard, source)
 
 
 def _show_record(who: str, source: Source, record_id: str, row: dict[str, Any]) -> None:
     before = texts_shown(row, source)
+    editing = st.session_state.get("editing") == record_id
+    # The buttons come first and keep their place, however long the text of a record is.
+    with st.container():
+        if not editing:
+            _buttons(who, source, record_id, before)
     image, words = st.columns([5, 6], gap="large")
     with image:
         picture(row["image"]["bytes"], max_px=1024, alt=record_id)
     with words:
         _facts(row, record_id)
-        if st.session_state.get("editing") == record_id:
+        if editing:
             _editor(who, source, record_id, row, before)
-            return
-        _words(row, source)
-        _buttons(who, source, record_id, before)
+        else:
+            _words(row, source)
 
 
 def _facts(row: dict[str, Any], record_id: str) -> None:
@@ -230,9 +246,10 @@ def _words(row: dict[str, Any], source: Source) -> None:
     with st.container(border=True, gap="small"):
         for speaker, text in pairs:
             if speaker != "mention":
-                with st.container(gap="xxsmall"):
-                    st.caption(speaker)
-                    foreign_text(text.removeprefix("<image>\n"))
+                who, said = st.columns([1, 6], gap="small")
+                who.caption(speaker)
+                with said:
+                    foreign_text(without_mark(text))
     mentions = [text for speaker, text in pairs if speaker == "mention"]
     if mentions:
         with st.expander(f"Mentions in the article ({len(mentions)})", expanded=True):
@@ -243,21 +260,43 @@ def _words(row: dict[str, Any], source: Source) -> None:
 def _buttons(who: str, source: Source, record_id: str, before: tuple[str, ...]) -> None:
     off = not who
     common = {"on_click": decide, "disabled": off, "width": "stretch"}
-    first = st.columns(4)
+    first = st.columns(5)
     args = (who, source.name, record_id)
     first[0].button("Accept", shortcut="a", type="primary", args=(*args, "accept", before), **common)
     first[1].button("Edit", shortcut="e", on_click=edit, args=(record_id,), disabled=off, width="stretch")
     first[2].button("Flag privacy", shortcut="p", args=(*args, "flag_privacy", before), **common)
     first[3].button("Skip", shortcut="s", on_click=skip, args=(source.name, record_id), width="stretch")
-    st.caption("Reject, because")
-    for start in (0, 3):
-        for cell, (key, (label, reason)) in zip(st.columns(3), list(REASONS.items())[start : start + 3], strict=False):
-            cell.button(
-                label, shortcut=key, help=reason, args=(*args, "reject", before, reason), key=f"why-{key}", **common
-            )
-    note = st.text_input("Note", key="note", placeholder="goes with the decision; alone it is a reason too")
-    if note.strip():
-        st.button("Reject for this note", args=(*args, "reject", before), **common)
+    first[4].button(
+        "Undo",
+        shortcut="u",
+        on_click=undo,
+        args=(who,),
+        disabled=off,
+        width="stretch",
+        help="Take back your last decision",
+    )
+    for cell, (key, (label, reason)) in zip(st.columns(5), REASONS.items(), strict=True):
+        cell.button(
+            f"Reject: {label}",
+            shortcut=key,
+            help=reason,
+            args=(*args, "reject", before, reason),
+            key=f"why-{key}",
+            **common,
+        )
+    note, alone = st.columns([4, 1], vertical_alignment="bottom")
+    written = note.text_input(
+        "Note", key="note", placeholder="a note that goes with the decision", label_visibility="collapsed"
+    )
+    alone.button(
+        "Reject: note",
+        args=(*args, "reject", before),
+        key="why-note",
+        disabled=off or not written.strip(),
+        on_click=decide,
+        width="stretch",
+        help="The note is the reason",
+    )
 
 
 def _editor(who: str, source: Source, record_id: str, row: dict[str, Any], before: tuple[str, ...]) -> None:

@@ -56,6 +56,23 @@ def test_every_section_of_data_says_what_to_run_when_empty(
     assert [code.value for code in page.code] == ["make demo"]
 
 
+def test_the_overview_says_where_the_pipeline_stands(built_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDVLM_WORKSPACE", str(built_workspace))
+    page = AppTest.from_file(str(DASHBOARDS / "app.py"), default_timeout=30).run()  # its default page
+    assert not page.exception
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert (shown["Figures"], shown["Training samples"], shown["Benchmark questions"]) == ("40", "120", "80")
+    assert shown["Contracts"] == "1 broken"
+    assert "instruct" in page.error[0].value
+    steps = page.dataframe[0].value.set_index("Step")
+    assert steps.loc["corpus", "State"] == "– not run yet"
+    assert steps.loc["figures", "State"] == "✓ done"
+    assert steps.loc["figures", "What came out"] == "72 rows, 40 figures"
+    scores = page.dataframe[2].value
+    assert len(scores) == 8
+    assert scores["gain"].to_list() == [33] * 8
+
+
 def test_fetch_counts_every_row_and_lists_the_lost_ones_by_reason(
     built_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,8 +286,10 @@ def build_workspace(root: Path) -> Workspace:
     write_report(workspace.figures, Report(step="fetch", counts={"rows": 72, "figures": 40}), started=time.monotonic())
     for name in ("alignment", "instruct"):
         write_records(workspace.samples(name), Sample, (_sample(n, name) for n in range(60)))
+        write_report(workspace.dataset(name), Report(step=name, counts={"samples": 60}), started=time.monotonic())
     for name in ("slake", "vqa-rad"):
         write_records(workspace.items(name), VQAItem, (_item(n, name) for n in range(40)))
+        write_report(workspace.benchmark(name), Report(step=name, counts={"items": 40}), started=time.monotonic())
     _write_contracts(workspace)
     _write_runs(workspace)
     _write_scores(workspace)
