@@ -150,6 +150,62 @@ def _slices(scores: pd.DataFrame, rules: dict[str, str]) -> None:
     st.altair_chart(bars.properties(height=height), alt=f"Scores by {tidy(str(field))}")
 
 
+@st.cache_data(max_entries=4, show_spinner="Reading the leaderboard …")
+def _leaderboard_rows(at: str, root: str) -> pd.DataFrame:
+    del at
+    return pd.DataFrame(Results(Path(root)).leaderboard())
+
+
+def beside_published(rows: pd.DataFrame, rules: dict[str, str]) -> pd.DataFrame:
+    """One row a model, ours and published: its score under one rule for closed and one for open questions.
+
+    Args:
+        rows: Leaderboard rows of one benchmark.
+        rules: Answer type → rule.
+    """
+    part = rows[rows["headline"] & (rows["rule"] == rows["answer_type"].map(rules))]
+    keys = ["kind", "model", "training", "test_split", "source", "note"]
+    wide = part.pivot_table(index=keys, columns="answer_type", values="value", aggfunc="first").reset_index()
+    wide = wide.reindex(columns=[*keys, "closed", "open"])
+    wide["best"] = wide[["closed", "open"]].max(axis=1)
+    return wide.sort_values(["kind", "best"], ascending=[True, False], kind="stable").drop(columns="best")
+
+
+def _published(benchmark: str) -> None:
+    rows = _leaderboard_rows(stamp(), str(results().workspace.root))
+    if rows.empty:
+        return
+    rows = rows[rows["benchmark"] == benchmark]
+    theirs = rows[rows["kind"] == "published"]
+    if theirs.empty:
+        return
+    st.subheader("Beside the published numbers", anchor=False)
+    chosen: dict[str, str] = {}
+    for cell, kind in zip(st.columns(2, gap="large"), ("closed", "open"), strict=True):
+        frequent = theirs.loc[theirs["answer_type"] == kind, "rule"].value_counts().index.to_list()
+        if frequent:
+            chosen[kind] = cell.selectbox(f"Published rule, {kind} questions", frequent, key=f"published-{kind}")
+    ours = rows[rows["kind"] == "ours"]
+    if not (ours["test_split"] == "official").all():
+        st.warning("Ours was scored on another test split than the published one: the numbers do not compare.")
+    st.dataframe(
+        beside_published(rows, chosen),
+        hide_index=True,
+        placeholder="",
+        column_order=["kind", "model", "training", "closed", "open", "test_split", "note", "source"],
+        column_config={
+            "kind": st.column_config.TextColumn("", width=80),
+            "model": st.column_config.TextColumn("Model"),
+            "training": st.column_config.TextColumn("Training", width=90),
+            "closed": st.column_config.NumberColumn("Closed", format="%.1f", width=70),
+            "open": st.column_config.NumberColumn("Open", format="%.1f", width=70),
+            "test_split": st.column_config.TextColumn("Test split", width=130),
+            "note": st.column_config.TextColumn("Note"),
+            "source": st.column_config.TextColumn("Source"),
+        },
+    )
+
+
 def _wrong_answers(benchmark: str, models: list[str]) -> None:
     st.subheader("Wrong answers", anchor=False)
     left, right = st.columns(2)
@@ -204,6 +260,7 @@ def body() -> None:
     table = score_board(part, rules)
     _leaderboard(table, str(benchmark))
     _slices(part, rules)
+    _published(str(benchmark))
     _wrong_answers(str(benchmark), list(dict.fromkeys(table["model"])))
 
 

@@ -179,6 +179,17 @@ def test_benchmarks_put_the_blind_baseline_beside_each_score(
     assert closed["interval"].to_list() == ["78.0 to 89.0", "71.0 to 82.0"]
 
 
+def test_published_numbers_stand_beside_ours_with_a_warning_where_they_do_not_compare(
+    built_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("benchmarks", built_workspace, monkeypatch)
+    assert page.selectbox(key="published-closed").value == "llava_med_batch"
+    table = page.dataframe[2].value
+    known = table[table["model"] == "LLaVA-Med (From LLaVA)"].iloc[0]
+    assert (known["kind"], known["closed"], known["open"]) == ("published", 85.34, 83.08)  # its table, SLAKE
+    assert "do not compare" in page.warning[0].value
+
+
 def test_wrong_answers_of_two_models_stand_side_by_side(built_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = open_page("benchmarks", built_workspace, monkeypatch)
     said = [text.value for text in page.text]
