@@ -94,10 +94,11 @@ def balanced_findings(rng: random.Random, modalities: Sequence[Modality], number
         number: How many findings.
     """
     lesions: list[tuple[int, Side, Size]] = []
-    for side, size in _SIDES_SIZES:
-        lesions += [(count, side, size) for count in (1, 1, 2, 3)]
-    # 16 combinations with a lesion and 7 without: 30.4 % without.
-    lesions += [(0, "none", "none") for _ in range(7)]
+    for count in (1, 1, 2, 3):
+        for side, size in _SIDES_SIZES:
+            lesions.append((count, side, size))
+    for _ in range(7):  # beside 16 combinations with a lesion: 30.4 %
+        lesions.append((0, "none", "none"))
     findings: list[Finding] = []
     for index, modality in enumerate(modalities):
         share = len(range(index, number, len(modalities)))
