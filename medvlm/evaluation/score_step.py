@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medvlm.data.leakage import leaked_item_ids
 from medvlm.errors import InputError
 from medvlm.evaluation.answers import Joined, join_answers
 from medvlm.evaluation.bootstrap import RESAMPLES, Resamples, interval
@@ -91,11 +92,11 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
     """
     started = time.monotonic()
     folder = workspace.items(benchmark)
-    every_item = list(items_without_images(folder))
-    items = items_of_split(every_item, where=str(folder))
+    items = items_of_split(items_without_images(folder), where=str(folder))
     runs = _runs(items, workspace.predictions(recipe, benchmark) / "answers")
     draws = Resamples.draw([item.image_id for item in items], resamples=resamples)
-    leaked = _leaked(items, every_item)
+    leaks = _leaks(workspace, benchmark, runs)
+    leaked = frozenset(item_id for ids in leaks.values() for item_id in ids)
     scores: list[Score] = []
     for run in runs:
         for table, is_blind in ((run.seeing_table, False), (run.blind_table, True)):
@@ -125,6 +126,7 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
             "test_split": {kind: sum(item.answer_type == kind for item in items) for kind in RULES},
             "interval": f"95 %, percentile bootstrap of {resamples} resamples of {draws.weight.shape[1]} images",
             "gains": gains,
+            "leaked_items": {name: len(ids) for name, ids in sorted(leaks.items())},
             "summary": {
                 "recipe": recipe,
                 "benchmark": benchmark,
@@ -166,10 +168,16 @@ def _runs(items: Sequence[VQAItem], answers: Path) -> list[_Run]:
     return runs
 
 
-def _leaked(items: Sequence[VQAItem], every_item: Sequence[VQAItem]) -> frozenset[str]:
-    """Ids of the test items whose very image is in the benchmark's own train split."""
-    trained = {item.image_sha256 for item in every_item if item.split == "train"} - {""}
-    return frozenset(item.item_id for item in items if item.image_sha256 in trained)
+def _leaks(workspace: Workspace, benchmark: str, runs: Sequence[_Run]) -> dict[str, set[str]]:
+    """Test items whose very image the recipe was trained on, by training set.
+
+    The sets are the alignment and instruct data, the benchmark's own train split, and the preference
+    pairs where a stage learned from them. An item counts as leaked for every stage.
+    """
+    used = {"alignment", "instruct", f"{benchmark}:train"}
+    if any(run.stage == "prefer" for run in runs):
+        used.add("preference")
+    return {name: ids for name, ids in leaked_item_ids(workspace, benchmark).items() if name in used}
 
 
 def _metrics(scores: Sequence[Score], gains: dict[str, dict[str, dict[str, float]]], last: str) -> dict[str, float]:

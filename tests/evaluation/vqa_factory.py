@@ -22,7 +22,7 @@ def make_item(item_id: str, question: str, answer: str, answer_type: str, organ:
         image=Image(image.encode(), image),
         image_id=image,
         image_sha256=f"sha-{image}",
-        image_phash="",
+        image_phash="0" * 16,
         question=question,
         answer=answer,
         answer_type="closed" if answer_type == "closed" else "open",
