@@ -1,4 +1,4 @@
-"""A project folder of its own for tests that reproduce DVC stages: a copy of the tracked files."""
+"""A project folder of its own for tests that walk the pipeline: a copy of what git tracks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def copy_project(folder: Path) -> Path:
@@ -23,8 +21,3 @@ def copy_project(folder: Path) -> Path:
             shutil.copy2(source, folder / name)
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     return folder
-
-
-@pytest.fixture
-def project_folder(tmp_path: Path) -> Path:
-    return copy_project(tmp_path / "project")

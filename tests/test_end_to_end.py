@@ -1,0 +1,164 @@
+"""The whole road of `tiny-llava-med`: URLs to scores, killed on the way, then walked again.
+
+One walk serves every test here. It is the slowest thing in the suite, and what the product is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from projects import copy_project
+
+from medvlm.settings import BENCHMARKS
+from medvlm.store import Workspace, read_report
+
+RECIPE = "tiny-llava-med"
+GAIN_POINTS = 25.0
+
+
+@dataclass(frozen=True)
+class Walk:
+    folder: Path
+    first: subprocess.CompletedProcess[str]
+    second: subprocess.CompletedProcess[str]
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.folder / "workspace")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return run(self.folder, *command)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {
+        **os.environ,
+        "PATH": path,
+        "MEDVLM_PROJECT": str(folder),
+        "DAGSTER_HOME": str(folder / ".dagster"),
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+
+
+def kill_in_stage_2(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Walk, and ``kill -9`` the trainer of stage 2 once it has written a checkpoint to resume from."""
+    command = [sys.executable, "-m", "orchestration.walk", "--recipe", RECIPE]
+    with (folder / "first.log").open("w+") as log:
+        walk = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=log, text=True)
+        scratch = Workspace(folder / "workspace").scratch("train", RECIPE, "stage2")
+        deadline = time.monotonic() + 400
+        while not list(scratch.rglob("latest*")):
+            assert walk.poll() is None, (folder / "first.log").read_text()[-4000:]
+            assert time.monotonic() < deadline, "stage 2 wrote no checkpoint"
+            time.sleep(0.05)
+        for process in psutil.Process(walk.pid).children(recursive=True):
+            if "--stage 2" in " ".join(process.cmdline()) and "dvc" not in process.cmdline():
+                process.send_signal(signal.SIGKILL)
+        walk.wait(60)
+        log.seek(0)
+        return subprocess.CompletedProcess(command, walk.returncode, log.read(), "")
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    folder = copy_project(tmp_path_factory.mktemp("road") / "project")
+    first = kill_in_stage_2(folder)
+    second = run(folder, sys.executable, "-m", "orchestration.walk", "--recipe", RECIPE)
+    assert second.returncode == 0, second.stdout[-4000:] + second.stderr[-4000:]
+    return Walk(folder, first, second)
+
+
+def test_a_killed_training_fails_the_run_in_plain_words(walked: Walk) -> None:
+    assert walked.first.returncode == 1
+    assert "stage2_checkpoint" in walked.first.stdout
+    assert "run the same command again" in walked.first.stdout
+
+
+def test_the_second_walk_goes_on_where_the_first_was_killed(walked: Walk) -> None:
+    report = read_report(walked.workspace.stage(RECIPE, 2))
+    assert report is not None
+    assert report.counts["resumed_from_step"] > 0
+    steps = [point["step"] for point in report.details["loss_curve"]]
+    assert steps == sorted(set(steps)), "the curve has every step once"
+    assert "Stage 'stage1@tiny-llava-med' didn't change, skipping" in walked.second.stdout
+
+
+def test_the_time_of_each_step_is_printed(walked: Walk) -> None:
+    timed = re.findall(r"^ +\d+\.\d s  (\w+)", walked.second.stdout, re.MULTILINE)
+    assert {"figures", "stage1_checkpoint", "stage3_checkpoint", "benchmark_scores", "leaderboard"} <= set(timed)
+    assert "Research use only" in walked.second.stdout
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_the_model_looks(walked: Walk, benchmark: str) -> None:
+    rows = json.loads(walked.run("medvlm", "leaderboard", "--json").stdout)
+    (row,) = [
+        r
+        for r in rows
+        if r["kind"] == "ours"
+        and r["benchmark"] == benchmark
+        and r["rule"] == "whole_word"
+        and r["training"] == "finetune"
+    ]
+    assert row["answer_type"] == "closed"
+    assert row["value"] - row["blind"] >= GAIN_POINTS, row
+    assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_dvc_has_nothing_to_do_after_dagster(walked: Walk) -> None:
+    done = walked.run(sys.executable, "-m", "dvc", "repro")
+    assert done.returncode == 0, done.stderr
+    assert "Running stage" not in done.stdout + done.stderr
+    assert "up to date" in done.stdout + done.stderr
+    assert "changed" not in walked.run(sys.executable, "-m", "dvc", "status").stdout
+
+
+def test_dvc_shows_the_scores(walked: Walk) -> None:
+    shown = walked.run(sys.executable, "-m", "dvc", "metrics", "show").stdout
+    assert "closed.whole_word" in shown
+    assert "scores/tiny-llava-med/vqa-rad" in shown
+
+
+def test_dagster_remembers_every_asset(walked: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+
+    from orchestration.definitions import defs
+
+    monkeypatch.setenv("DAGSTER_HOME", str(walked.folder / ".dagster"))
+    with dg.DagsterInstance.get() as instance:
+        for node in defs.resolve_asset_graph().asset_nodes:
+            event = instance.get_latest_materialization_event(node.key)
+            assert event is not None, f"{node.key} was never materialised"
+            assert event.asset_materialization is not None
+            assert event.asset_materialization.metadata["duration"].value
+
+
+def test_a_broken_contract_stops_dvc_before_training(walked: Walk) -> None:
+    official = walked.workspace.corpus / "llava-med" / "alignment.json"
+    rows = json.loads(official.read_text("utf-8"))
+    for row in rows:
+        turns = row.get("conversations") or row.get("conversatons")
+        turns[1]["value"] = "x"
+    broken = walked.folder / "broken_alignment.json"
+    broken.write_text(json.dumps(rows), "utf-8")
+    done = walked.run("medvlm", "configure", "--alignment", str(broken))
+    assert done.returncode == 0, done.stderr
+    done = walked.run(sys.executable, "-m", "dvc", "repro", f"stage1@{RECIPE}")
+    assert done.returncode != 0
+    assert "contract-alignment" in done.stdout + done.stderr
+    assert f"Running stage 'stage1@{RECIPE}'" not in done.stdout + done.stderr
