@@ -11,7 +11,7 @@ from medvlm.cli import print_json
 
 
 @click.command()
-@click.option("--benchmark", required=True, help="vqa-rad, slake, slake-zh or pathvqa.")
+@click.option("--benchmark", required=True, help="vqa-rad, slake, slake-zh, pathvqa or a MedMNIST set.")
 @click.option("--recipe", help="Score this recipe's predictions in the workspace, and write the scores there.")
 @click.option("--items", type=click.Path(path_type=Path), help="The benchmark's official question file, or its folder.")
 @click.option(

@@ -46,7 +46,7 @@ from medvlm.evaluation.normalise import (
 )
 from medvlm.records import AnswerType
 
-__all__ = ["CLOSED", "HEADLINE", "OPEN", "RULES", "Language", "Rule", "apply_rules"]
+__all__ = ["CLOSED", "HEADLINE", "OPEN", "RULES", "Language", "Rule", "apply_rules", "stands_in"]
 
 Language = Literal["en", "zh"]
 Rule = Callable[[str, str, Language], float | None]
@@ -69,11 +69,11 @@ def whole_word(answer: str, prediction: str, language: Language) -> float:
         wanted = polarity(without_punctuation(answer), "zh")
         if len(wanted) == 1 and _is_only_polarity(answer):
             return float(polarity(without_punctuation(prediction), "zh") == wanted)
-        return float(_stands_in(clean_words(answer, "zh"), clean_words(prediction, "zh"), _CHINESE_NEGATIONS))
+        return float(stands_in(clean_words(answer, "zh"), clean_words(prediction, "zh"), _CHINESE_NEGATIONS))
     answer, prediction = _published(answer), _published(prediction)
     if answer in ("yes", "no"):
         return float(polarity(prediction) == frozenset((answer,)))
-    return float(_stands_in(answer.split(), prediction.split()))
+    return float(stands_in(answer.split(), prediction.split()))
 
 
 _CHINESE_YES_NO = "是 是的 对 有 存在 包含 可以 能 会 否 不是 不对 没有 没 无 不存在 不包含 不可以 不能 不会 不"
@@ -86,7 +86,7 @@ def _is_only_polarity(answer: str) -> bool:
 _CHINESE_NEGATIONS = frozenset({"不", "不是", "没", "没有", "无", "非", "并非"})
 
 
-def _stands_in(wanted: Sequence[str], words: Sequence[str], negations: frozenset[str] = frozenset()) -> bool:
+def stands_in(wanted: Sequence[str], words: Sequence[str], negations: frozenset[str] = frozenset()) -> bool:
     """Whether ``wanted`` is a run of ``words`` that no negation stands before. Nothing never is."""
     size = len(wanted)
     return size > 0 and any(

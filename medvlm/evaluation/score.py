@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlm.data.benchmarks import read_benchmark
+from medvlm.data.readers.medmnist import COLLECTIONS, read_medmnist
 from medvlm.errors import InputError
 from medvlm.evaluation.answers import Joined, Missing, join_answers, read_predictions
 from medvlm.evaluation.bootstrap import RESAMPLES, Resamples, interval
+from medvlm.evaluation.classify import classification
 from medvlm.evaluation.metrics import RULES, apply_rules
 from medvlm.records import AnswerType, Prediction, Score, Split, VQAItem
 
@@ -198,8 +200,9 @@ def score_files(
     """Score a prediction file against a benchmark's official file.
 
     Args:
-        benchmark: Such as ``vqa-rad``.
-        items_path: The official question file, or the release's folder.
+        benchmark: Such as ``vqa-rad``; or a MedMNIST collection such as ``pneumoniamnist``, which is
+            scored as classification too.
+        items_path: The official question file, or the release's folder; of MedMNIST the ``.npz``.
         predictions_path: As ``read_predictions`` reads it.
         missing: As in ``join_answers``.
         split: Which split was answered.
@@ -209,13 +212,14 @@ def score_files(
     Returns:
         JSON values: ``n``, ``open`` and ``closed`` with per cent by rule; ``intervals`` in the same
         shape with [low, high]; ``blind`` where the predictions have answers without the image; and
-        what did not join, under ``missing``, ``repeated`` and ``unknown``.
+        what did not join, under ``missing``, ``repeated`` and ``unknown``; of MedMNIST also
+        ``classification``.
 
     Raises:
         InputError: A file is not in its format.
         PredictionMismatch: The join is not one to one.
     """
-    items = items_of_split(read_benchmark(benchmark, items_path, images=False), where=str(items_path), split=split)
+    items = items_of_split(_read_items(benchmark, items_path), where=str(items_path), split=split)
     predictions = _of_one_stage(read_predictions(predictions_path, benchmark=benchmark), stage, predictions_path)
     draws = Resamples.draw([item.image_id for item in items], resamples=resamples)
     where = str(predictions_path)
@@ -227,10 +231,21 @@ def score_files(
         rows = list(score_rows(tabulate(joined), draws, model="", stage="", blind=False))
         result |= {**summary(rows), "intervals": intervals(rows)}
         result |= {name: list(getattr(joined, name)) for name in ("missing", "repeated", "unknown")}
+        if benchmark in COLLECTIONS:
+            answers = [prediction.text if prediction else "" for prediction in joined.predictions]
+            labels = COLLECTIONS[benchmark].labels
+            result["classification"] = classification([item.answer for item in items], answers, labels).as_json()
     if blind:
         joined = join_answers(items, blind, missing=missing, where=f"{where} (blind)")
         result["blind"] = summary(list(score_rows(tabulate(joined), draws, model="", stage="", blind=True)))
     return result
+
+
+def _read_items(benchmark: str, path: Path) -> Iterator[VQAItem]:
+    if benchmark in COLLECTIONS:
+        yield from (item for item in read_medmnist(path) if isinstance(item, VQAItem))
+    else:
+        yield from read_benchmark(benchmark, path, images=False)
 
 
 def _of_one_stage(predictions: list[Prediction], stage: str | None, path: Path) -> list[Prediction]:
