@@ -27,7 +27,7 @@ from medvlm.data.pmc import (
 from medvlm.data.versions import Versions
 from medvlm.records import FetchOutcome, FetchStatus, Figure, FigureRef, Image
 
-__all__ = ["ArticleFetcher", "FetchSettings", "RowResult"]
+__all__ = ["NEWEST_VERSIONS", "ArticleFetcher", "FetchSettings", "RowResult"]
 
 METADATA_LIMIT_BYTES = 8 * 2**20
 XML_LIMIT_BYTES = 64 * 2**20

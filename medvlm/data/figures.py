@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import hashlib
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from medvlm.data.articles import ArticleFetcher, FetchSettings, RowResult
+from medvlm.data.attribution import write_attribution
 from medvlm.data.blocks import BLOCK_ROWS, TRANSIENT, Blocks
+from medvlm.data.fetch_report import fetch_report, plain_counts
 from medvlm.data.figure_image import bomb_limit
 from medvlm.data.lists import ArticleRows, ListIndex, index_list
 from medvlm.data.objects import ObjectStore, StoreLimits, open_store
@@ -32,7 +34,7 @@ from medvlm.progress import report_progress
 from medvlm.records import Figure, schema_of
 from medvlm.store import Report, atomic_folder, fingerprint, read_report, write_report
 
-__all__ = ["fetch_figures"]
+__all__ = ["fetch_figures", "hold_lock"]
 
 FORMAT = 1
 """Raised when the same list, store and policy would yield other shards than before."""
@@ -231,7 +233,7 @@ def fetch_figures(
     inputs = fingerprint(FORMAT, block_rows, urls, store, settings.policy, settings.max_side_px, settings.max_bytes)
     inputs = fingerprint(inputs, settings.captions)
     folder = scratch / inputs
-    with _locked(scratch, part):
+    with hold_lock(scratch, part):
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         earlier = None if fresh else _earlier(out, inputs)
@@ -247,10 +249,16 @@ def fetch_figures(
             asyncio.run(_fetch(run))
         rates = _rates(run, time.monotonic() - started)
         if part != (1, 1):
-            details = {"by_status": _plain_counts(blocks.by_status), "part": f"{part[0]}/{part[1]}"}
+            details = {"by_status": plain_counts(blocks.by_status), "part": f"{part[0]}/{part[1]}"}
             return Report(step="fetch", counts={"rows": total}, metrics=rates, details=details)
         _put_in_place(folder, out)
-        report = _report(out, inputs, settings.policy, store, rates)
+        write_attribution(out / "shards", out)
+        made = fetch_report(out)
+        report = dataclasses.replace(
+            made,
+            metrics=made.metrics | rates,
+            details=made.details | {"policy": settings.policy, "store": store, "inputs": inputs},
+        )
         report = write_report(out, report, started=started, packages=("pyarrow", "pillow", "lxml"))
         shutil.rmtree(folder, ignore_errors=True)
         _drop_strangers(scratch)
@@ -283,7 +291,7 @@ def _share(rows: int, block_rows: int, part: tuple[int, int]) -> tuple[int, int]
 
 
 @contextmanager
-def _locked(scratch: Path, part: tuple[int, int]) -> Generator[None]:
+def hold_lock(scratch: Path, part: tuple[int, int]) -> Generator[None]:
     """Hold this list's lock: alone for a whole run, beside other parts for a part.
 
     Raises:
@@ -360,10 +368,6 @@ def _drop_strangers(scratch: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _plain_counts(by_status: Mapping[str, int]) -> dict[str, int]:
-    return {status: count for status, count in sorted(by_status.items()) if count}
-
-
 def _rates(run: _Run, seconds: float) -> dict[str, float]:
     tally, figures = run.store.tally, run.blocks.by_status["ok"]
     return {
@@ -373,31 +377,3 @@ def _rates(run: _Run, seconds: float) -> dict[str, float]:
         "requests_per_figure": round(tally.requests / figures, 3) if figures else 0.0,
         "figures_per_s": round(figures / seconds, 2) if seconds else 0.0,
     }
-
-
-def _report(out: Path, inputs: str, policy: str, store: str, rates: dict[str, float]) -> Report:
-    by_status: Counter[str] = Counter()
-    by_licence: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    for path in sorted((out / "outcomes").glob("*.parquet")):
-        table = pq.read_table(path, columns=["row", "pair_id", "status", "key", "figures"])
-        by_status.update(table["status"].to_pylist())
-        digest.update(repr(table.to_pydict()).encode())
-    figures = captions = 0
-    for path in sorted((out / "shards").glob("*.parquet")):
-        names = ["figure_id", "sha256", "licence", "label", "caption", "mentions", "citation", "article_title"]
-        table = pq.read_table(path, columns=names)
-        figures += table.num_rows
-        captions += sum(bool(caption) for caption in table["caption"].to_pylist())
-        by_licence.update(table["licence"].to_pylist())
-        digest.update(repr(table.to_pydict()).encode())
-    counts = {"rows": sum(by_status.values()), "figures": figures, "figures_with_caption": captions}
-    details = {
-        "by_status": _plain_counts(by_status), "by_licence": _plain_counts(by_licence),
-        "policy": policy, "store": store, "inputs": inputs,
-    }  # fmt: skip
-    ok_rate = by_status["ok"] / max(1, counts["rows"])
-    return Report(
-        step="fetch", counts=counts, metrics={"ok_rate": round(ok_rate, 4), **rates}, details=details,
-        fingerprint=digest.hexdigest()[:16],
-    )  # fmt: skip

@@ -53,9 +53,9 @@ class Journal:
             images.append(row["image"]["bytes"])
             row["image"] = {"path": row["image"]["path"], "bytes": len(images[-1])}
             figures.append(row)
-        meta = json.dumps({"outcome": to_row(result.outcome), "figures": figures}, ensure_ascii=False).encode(
-            "utf-8", "surrogatepass"
-        )
+        text = json.dumps({"outcome": to_row(result.outcome), "figures": figures}, ensure_ascii=False)
+        # Half a surrogate pair, which JSON can escape and Parquet cannot hold, becomes a question mark.
+        meta = text.encode("utf-8", "replace")
         body = b"".join((meta, *images))
         record = _HEADER.pack(len(meta), len(body), zlib.crc32(body)) + body
         try:

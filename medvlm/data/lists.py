@@ -30,6 +30,7 @@ PMCID = re.compile(r"PMC([1-9]\d{0,11})\Z")
 PANEL = re.compile(r"(PMC[1-9]\d{0,11})_(Fig\w*?)(?:_(\d+))?(?:\.\w{2,5})?\Z", re.IGNORECASE)
 TAR_NAME = re.compile(r"(PMC\d+)\.tar\.gz\Z")
 LINE_LIMIT_BYTES = 2**20
+PMID_LIMIT = 10**12
 
 BAD_ARTICLE = -1
 
@@ -66,7 +67,7 @@ def parse_row(row: int, line: bytes) -> FigureRef | FetchOutcome:
 
 def _from_words(nothing: FigureRef, text: str) -> FigureRef | FetchOutcome:
     words = [word for word in re.split(r"[\s,;]+", text) if word]
-    if PMCID.match(words[0]):
+    if words and PMCID.match(words[0]):
         figure_id = " ".join(words[1:])
         return _ref(nothing, "_".join([words[0], *words[1:]]) if figure_id else words[0], words[0], figure_id=figure_id)
     panel = PANEL.match(text)
@@ -82,8 +83,8 @@ def _from_object(nothing: FigureRef, value: dict[str, Any]) -> FigureRef | Fetch
         pmcid, figure_id, pmid = value["pmcid"], value.get("figure_id") or "", value.get("pmid")
         if not isinstance(pmcid, str) or not PMCID.match(pmcid):
             return refused(nothing, "bad_row", f"pmcid is {pmcid!r}, not such as PMC7236913")
-        if not isinstance(figure_id, str) or not (pmid is None or isinstance(pmid, int)):
-            return refused(nothing, "bad_row", f"figure_id is {figure_id!r} and pmid is {pmid!r}")
+        if not isinstance(figure_id, str) or not (pmid is None or (isinstance(pmid, int) and 0 < pmid < PMID_LIMIT)):
+            return refused(nothing, "bad_row", f"figure_id is {str(figure_id)[:80]!r} and pmid is {str(pmid)[:80]!r}")
         pair_id = str(value.get("pair_id") or (f"{pmcid}_{figure_id}" if figure_id else pmcid))
         return _ref(nothing, pair_id, pmcid, figure_id=figure_id, pmid=pmid)
     image = value.get("image")
@@ -122,7 +123,7 @@ def _ref(
     panel: str | None = None,
 ) -> FigureRef:
     prefix, _, suffix = pair_id.partition("_")
-    if pmid is None and prefix.isascii() and prefix.isdigit():
+    if pmid is None and prefix.isascii() and prefix.isdigit() and len(prefix) < len(str(PMID_LIMIT)):
         pmid = int(prefix)
         figure_id = figure_id or suffix
     return FigureRef(

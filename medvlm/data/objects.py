@@ -233,4 +233,7 @@ def open_store(address: str, limits: StoreLimits) -> ObjectStore:
             where=address,
             hint="give a folder, http(s) or s3",
         )
-    return FolderStore(Path(address.removeprefix("file://")), limits)
+    folder = Path(address.removeprefix("file://"))
+    from medvlm.data.tarballs import TarballStore, holds_tarballs
+
+    return TarballStore(folder, limits) if holds_tarballs(folder) else FolderStore(folder, limits)

@@ -119,7 +119,8 @@ def parse_metadata(body: bytes, pmcid: str, version: int) -> ArticleVersion | st
     try:
         raw: Any = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return f"the metadata is not JSON: {error}"
+        begins = body[:80].decode("utf-8", "replace")
+        return f"the metadata is not JSON: {error}; it begins with {begins!r}"
     if not isinstance(raw, dict):
         return f"the metadata is a JSON {type(raw).__name__}, not an object"
     values = cast("dict[str, Any]", raw)
@@ -130,8 +131,8 @@ def parse_metadata(body: bytes, pmcid: str, version: int) -> ArticleVersion | st
     if wrong:
         return f"{wrong[0]} is {flags[wrong[0]]!r}, not true or false"
     pmid, media_urls, xml_url = values.get("pmid"), values.get("media_urls") or [], values.get("xml_url")
-    if not (pmid is None or (isinstance(pmid, int) and not isinstance(pmid, bool))):
-        return f"pmid is {pmid!r}, not a number"
+    if not (pmid is None or (isinstance(pmid, int) and not isinstance(pmid, bool) and 0 < pmid < 10**12)):
+        return f"pmid is {str(pmid)[:80]!r}, not a number"
     if not isinstance(media_urls, list) or not all(isinstance(url, str) for url in cast("list[Any]", media_urls)):
         return "media_urls is not a list of strings"
     prefix = f"{pmcid}.{version}/"

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
+import numpy as np
 from PIL import Image as PillowImage
 
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
@@ -210,7 +211,8 @@ class _Connection(asyncio.Protocol):
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 48), form: str = "JPEG", mode: str = "RGB") -> bytes:
     """A small image that differs with its seed."""
-    image = PillowImage.effect_noise(size, 60 + seed % 40).convert("RGB")
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = PillowImage.fromarray(noise)
     image.paste((seed * 37 % 256, seed * 91 % 256, seed * 53 % 256), (8, 8, 24 + seed % 16, 30))
     stream = io.BytesIO()
     image.convert(mode).save(stream, form)
