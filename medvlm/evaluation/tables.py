@@ -72,9 +72,22 @@ def print_scores(result: Mapping[str, Any], console: Console | None = None) -> N
             without = [_cell(blind.get(answer_type, {}).get(rule))] if blind else []
             table.add_row(rule, _cell(value), low_high, *without)
         console.print(table)
-    for name in ("missing", "repeated", "?"):
+    if "classification" in result:
+        _print_classification(result["classification"], console)
+    for name in ("missing", "repeated", "unknown"):
         if result.get(name):
             console.print(f"{name}: {len(result[name])} ids", style="yellow")
+
+
+def _print_classification(values: Mapping[str, Any], console: Console) -> None:
+    head = f"accuracy {values['accuracy']:.1f}, macro-F1 {values['macro_f1']:.1f}; rows are true, columns predicted"
+    table = Table(title=head, **_STYLE)
+    table.add_column("")
+    for label in (*values["labels"], "none"):
+        table.add_column(label, justify="right")
+    for label, row in zip(values["labels"], values["confusion"], strict=True):
+        table.add_row(label, *map(str, row))
+    console.print(table)
 
 
 def _cell(value: Any) -> str:

@@ -108,6 +108,11 @@ def test_missing_answers_are_listed_or_wrong(vqa_rad: Path, zero_shot: Path, tmp
     assert sorted(scores["missing"]) == sorted(missing)
     assert scores["repeated"] == [str(json.loads(lines[-1])["question_id"])]
     assert scores["closed"]["llava_med_batch"] <= 30.1471
+    stranger = json.dumps({"question_id": 99999, "text": "yes"})
+    short.write_text("\n".join([*lines[3:], lines[-1], stranger]), "utf-8")
+    arguments = ["score", "--benchmark", "vqa-rad", "--items", str(vqa_rad), "--predictions", str(short)]
+    printed = CliRunner().invoke(cli, [*arguments, "--missing", "wrong"]).stdout
+    assert all(line in printed for line in ("missing: 3 ids", "repeated: 1 ids", "unknown: 1 ids"))
 
 
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
