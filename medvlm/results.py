@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 import pyarrow.parquet as pq
 
+from medvlm.curves import Curve, curves_of
 from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
 from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
@@ -53,24 +54,6 @@ class ContractResult:
     def failed(self) -> tuple[Check, ...]:
         """The checks that do not hold."""
         return tuple(check for check in self.checks if not check.success)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The course of one training run."""
-
-    recipe: str
-    stage: int
-    target: str
-    """The benchmark a stage was run for; empty where it makes one model for all."""
-    report: Report
-    points: pd.DataFrame
-    """``step`` and ``loss``, and whatever else the run wrote down at each step."""
-
-    @property
-    def name(self) -> str:
-        """The run's label on every page."""
-        return f"{self.recipe} · stage {self.stage}" + (f" · {self.target}" if self.target else "")
 
 
 @dataclass(frozen=True)
@@ -116,6 +99,8 @@ class Results:
             workspace.predictions("_", "_").parent.parent,
             workspace.scores("_", "_").parent.parent,
             workspace.leaderboard,
+            workspace.leakage,
+            workspace.scratch("train"),
         ):
             for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
                 yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".parquet"))
@@ -235,15 +220,39 @@ class Results:
     # ---------------------------------------------------------------- runs
 
     def curves(self) -> list[Curve]:
-        """Every finished training run with its loss curve, by recipe, stage and target."""
-        curves: list[Curve] = []
-        for recipe in _names(self.workspace.stage("_", 1).parent.parent):
-            for stage in (1, 2, 3):
-                report = read_report(self.workspace.stage(recipe, stage))
-                for target, points in _curves_of(report):
-                    assert report is not None
-                    curves.append(Curve(recipe, stage, target, report, points))
-        return curves
+        """Every training run with its loss curve, by recipe, stage and target; unfinished ones too."""
+        begun = _names(self.workspace.scratch("train"))
+        recipes = sorted({*_names(self.workspace.stage("_", 1).parent.parent), *begun})
+        return [curve for recipe in recipes for curve in curves_of(self.workspace, recipe)]
+
+    # ---------------------------------------------------------------- leakage
+
+    def leakage(self) -> list[dict[str, Any]]:
+        """What each training set shares with each benchmark's test items; empty before it was looked for."""
+        report = read_report(self.workspace.leakage)
+        return list(report.details.get("comparisons", [])) if report else []
+
+    def leaked_pairs(self, *, way: str, offset: int = 0, limit: int = 6) -> Page:
+        """Test items touched in one way, each with its own image and that of the training row.
+
+        Returns:
+            Rows of ``LeakedItem`` with ``test`` and ``train``: the whole row of each, or None.
+        """
+        folder = self.workspace.leaked_items
+        if not folder.is_dir():
+            return Page(0, [])
+        total = number(folder, "SELECT count(*) FROM rows WHERE way = $way", {"way": way})
+        sql = (
+            "SELECT * EXCLUDE (filename, file_row_number) FROM rows WHERE way = $way "
+            "ORDER BY distance NULLS FIRST, benchmark, item_id, training_set LIMIT $limit OFFSET $offset"
+        )
+        rows = dicts(query(folder, sql, {"way": way, "limit": limit, "offset": offset}))
+        sources = {source.name: source for source in self.sources()}
+        for row in rows:
+            train = str(row["training_set"]).split(":")[0]
+            row["test"] = _row(sources.get(f"benchmark/{row['benchmark']}"), str(row["item_id"]))
+            row["train"] = _row(sources.get(train) or sources.get(f"benchmark/{train}"), str(row["example"]))
+        return Page(total, rows)
 
     # ---------------------------------------------------------------- scores
 
@@ -370,14 +379,5 @@ def _shown(value: Any) -> str:
     return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _curves_of(report: Report | None) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Target and curve of each model that a stage trained."""
-    if report is None:
-        return
-    details = report.details
-    if details.get("loss_curve"):
-        yield str(details.get("target") or ""), pd.DataFrame(details["loss_curve"])
-    for target, part in {**details.get("targets", {}), **details.get("loss_curves", {})}.items():
-        points = part.get("loss_curve") if isinstance(part, Mapping) else part
-        if points:
-            yield str(target), pd.DataFrame(points)
+def _row(source: Source | None, row_id: str) -> dict[str, Any] | None:
+    return source.by_id([row_id]).get(row_id) if source else None

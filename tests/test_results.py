@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
+from medvlm.data.leakage import LeakedItem
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import Image, Prediction, QuarantinedRow, Sample, Turn, VQAItem, schema_of, to_row
 from medvlm.results import Results, score_board, thumbnail
@@ -200,18 +201,48 @@ def test_contracts_come_broken_first(tmp_path: Path) -> None:
     assert (seen.observed, seen.expected, seen.examples, seen.blocks) == ("0.9877", "", ("x: y",), False)
 
 
-@pytest.mark.parametrize(
-    "details",
-    [
-        {"targets": {"slake": {"loss_curve": [{"step": 1, "loss": 2.0}]}, "vqa-rad": {"loss_curve": []}}},
-        {"loss_curves": {"slake": [{"step": 1, "loss": 2.0}]}},
-    ],
-)
-def test_a_stage_with_a_model_for_each_benchmark_has_a_curve_for_each(tmp_path: Path, details: dict) -> None:
+def test_a_stage_with_a_model_for_each_benchmark_has_a_curve_for_each(tmp_path: Path) -> None:
+    points = [{"step": 1, "loss": 2.0, "lr": 0.1}]
+    details = {"curves": {"slake": points, "vqa-rad": points, "pathvqa": []}}
     write_report(Workspace(tmp_path).stage("tiny", 3), Report("train", details=details), started=time.monotonic())
+    write_report(
+        Workspace(tmp_path).stage("tiny", 1), Report("train", details={"curves": {"all": points}}), started=0.0
+    )
+    curves = Results(tmp_path).curves()
+    assert [curve.name for curve in curves] == ["tiny · stage 1", "tiny · stage 3 · slake", "tiny · stage 3 · vqa-rad"]
+    assert curves[1].points["loss"].to_list() == [2.0]
+
+
+def test_an_unfinished_run_is_known_up_to_its_last_complete_checkpoint(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    folder = workspace.scratch("train", "tiny", "stage2", "all")
+    for step, complete in ((9, True), (10, True), (11, False)):
+        history = [{"step": n, "loss": 3.0 - n / 10, "learning_rate": 0.1} for n in range(1, step + 1)]
+        write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": [*history, {"step": step}]})
+        if complete:
+            write_json(folder / f"checkpoint-{step}" / "complete.json", {"step": step})
     (curve,) = Results(tmp_path).curves()
-    assert curve.name == "tiny · stage 3 · slake"
-    assert curve.points["loss"].to_list() == [2.0]
+    assert (curve.name, curve.finished) == ("tiny · stage 2 · unfinished", False)
+    assert curve.points["step"].to_list() == list(range(1, 11))
+
+
+def test_leaked_items_come_with_both_images(workspace: Workspace) -> None:
+    assert Results(workspace.root).leakage() == []
+    assert Results(workspace.root).leaked_pairs(way="phash").total == 0
+    item = VQAItem("q1", "slake", "test", Image(b"test", ""), "", "", "", "?", "a", "closed", False, "", "", "", "en")
+    write_records(workspace.items("slake"), VQAItem, [item])
+    leaked = [
+        LeakedItem("slake", "q1", "i", "instruct", "phash", "s000007", 2),
+        LeakedItem("slake", "q1", "i", "slake:train", "phash", "gone", 1),
+        LeakedItem("slake", "q1", "i", "instruct", "bytes", "s000001", None),
+    ]
+    write_records(workspace.leaked_items, LeakedItem, leaked)
+    page = Results(workspace.root).leaked_pairs(way="phash")
+    assert page.total == 2
+    assert [row["distance"] for row in page.rows] == [1, 2]
+    assert page.rows[0]["train"] is None
+    assert page.rows[1]["train"]["image"]["bytes"] == b"bytes of image 7"
+    assert page.rows[1]["test"]["image"]["bytes"] == b"test"
 
 
 def test_the_board_joins_the_blind_score_and_tells_stages_apart() -> None:

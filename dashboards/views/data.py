@@ -24,7 +24,7 @@ from dashboards.frame import (
     turns_of,
     without_mark,
 )
-from medvlm.results import ContractResult, Results, Source
+from medvlm.results import ContractResult, Page, Results, Source
 
 PICTURES_A_PAGE = 12
 OK, LOST = "#0f766e", "#c2570c"
@@ -264,7 +264,82 @@ def _distributions(source: Source, at: str, root: str) -> None:
                 st.altair_chart(chart, alt=f"Rows by {tidy(column)}")
 
 
-SECTIONS = {"Fetch": fetch_section, "Contracts": contract_section, "Pictures": picture_section}
+WAYS = {
+    "bytes": "the same image",
+    "image_id": "the same image name",
+    "phash": "nearly the same image",
+    "case_id": "another image of the same case",
+    "question": "the same question",
+}
+
+
+def leakage_section() -> None:
+    """What training sets share with test items, counted and seen side by side."""
+    found = results().leakage()
+    if not found:
+        empty("Nobody has looked for leakage yet.", "medvlm leakage")
+        return
+    table = pd.DataFrame(found)
+    shown = table[["train", "test", "test_items", "leaked_items", "clean_items", "near_images"]]
+    st.dataframe(
+        shown.sort_values("leaked_items", ascending=False, kind="stable"),
+        hide_index=True,
+        column_config={
+            "train": "Training set",
+            "test": "Test items of",
+            "test_items": st.column_config.NumberColumn("Test items", format="localized"),
+            "leaked_items": st.column_config.NumberColumn(
+                "Leaked", format="localized", help="Their image is trained on"
+            ),
+            "clean_items": st.column_config.NumberColumn("Clean", format="localized"),
+            "near_images": st.column_config.NumberColumn("Near images", format="localized", help="Perhaps the same"),
+        },
+    )
+    way = st.segmented_control(
+        "Shared", list(WAYS), default="bytes", required=True, format_func=WAYS.__getitem__, key="way"
+    )
+    key = f"leak-{way}"
+    size = 4
+    page = _pairs(stamp(), str(results().workspace.root), str(way), (st.session_state.get(key, 1) - 1) * size, size)
+    if not page.rows:
+        st.info("No test item is touched in this way.")
+        return
+    for start in range(0, len(page.rows), 2):
+        for cell, row in zip(st.columns(2), page.rows[start : start + 2], strict=False):
+            with cell.container(border=True, height="stretch"):
+                _pair(row)
+    choose_page(page.total, size, key=key)
+
+
+@st.cache_data(max_entries=16, show_spinner="Finding the pairs …")
+def _pairs(at: str, root: str, way: str, offset: int, limit: int) -> Page:
+    del at
+    return Results(Path(root)).leaked_pairs(way=way, offset=offset, limit=limit)
+
+
+def _pair(row: dict) -> None:
+    distance = "" if pd.isna(row["distance"]) else f" · {int(row['distance'])} bits apart"
+    sides = (
+        (f"test: {row['benchmark']} {row['item_id']}", "test"),
+        (f"{row['training_set']}: {row['example']}", "train"),
+    )
+    for column, (label, side) in zip(st.columns(2), sides, strict=True):
+        with column:
+            st.caption(escaped(label) + (distance if side == "train" else ""))
+            if row[side] is None:
+                st.text("(no longer there)")
+            else:
+                picture(row[side]["image"]["bytes"], alt=label)
+                if row[side].get("question"):
+                    foreign_text(str(row[side]["question"]), limit=200)
+
+
+SECTIONS = {
+    "Fetch": fetch_section,
+    "Contracts": contract_section,
+    "Pictures": picture_section,
+    "Leakage": leakage_section,
+}
 
 
 def body() -> None:

@@ -106,13 +106,14 @@ def _table(curves: list[Curve]) -> pd.DataFrame:
                 "Recipe": curve.recipe,
                 "Stage": curve.stage,
                 "For": curve.target or "all",
+                "State": "✓ finished" if curve.finished else "unfinished",
                 "Loss": list(loss.iloc[:: max(1, len(loss) // 60)]),
                 "First": float(loss.iloc[0]),
                 "Last": float(tail.mean()),
                 "Steps": int(curve.points["step"].iloc[-1]),
                 "Samples/s": metrics.get("samples_per_second"),
                 "Peak memory, MB": metrics.get("peak_memory_mb"),
-                "Duration, s": curve.report.duration_s or None,
+                "Stage, s": curve.report.duration_s or None,
                 "Finished": pd.to_datetime(curve.report.created_at, errors="coerce"),
             }
         )
@@ -121,7 +122,8 @@ def _table(curves: list[Curve]) -> pd.DataFrame:
 
 def _choose(curves: list[Curve]) -> list[Curve]:
     recipes = list(dict.fromkeys(curve.recipe for curve in curves))
-    newest = max(curves, key=lambda curve: curve.report.created_at).recipe
+    # A run without a finish is the one that somebody is waiting for.
+    newest = max(curves, key=lambda curve: (not curve.finished, curve.report.created_at)).recipe
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     picked = left.multiselect("Recipes", recipes, default=[newest], key="recipes", bind="query-params")
     stages = sorted({curve.stage for curve in curves})
@@ -141,7 +143,7 @@ def body() -> None:
     """Choice of runs, their curves, and a table of what each came to."""
     curves = _curves(stamp(), str(results().workspace.root))
     if not curves:
-        empty("No training run has finished yet.")
+        empty("No training run has reached a checkpoint yet.")
         return
     chosen = _choose(curves)
     if not chosen:
@@ -173,16 +175,29 @@ def body() -> None:
             "Steps": st.column_config.NumberColumn(format="localized", width="small"),
             "Samples/s": st.column_config.NumberColumn(format="%.1f", width="small"),
             "Peak memory, MB": st.column_config.NumberColumn(format="localized", width="small"),
-            "Duration, s": st.column_config.NumberColumn(format="%.1f", width="small"),
+            "Stage, s": st.column_config.NumberColumn(
+                format="%.1f", width="small", help="Of the whole stage, every target and the start included"
+            ),
             "Finished": st.column_config.DatetimeColumn(format="D MMM, HH:mm", width="small"),
         },
     )
     _further(chosen, names)
+    if any(not curve.finished for curve in chosen):
+        _look_again()
+
+
+@st.fragment(run_every=5)
+def _look_again() -> None:
+    """While a run is unfinished, look for its next checkpoint every five seconds."""
+    now = stamp()
+    if st.session_state.setdefault("runs-stamp", now) != now:
+        st.session_state["runs-stamp"] = now
+        st.rerun()
 
 
 def _further(chosen: list[Curve], names: list[str]) -> None:
     known = {
-        "learning_rate": "Learning rate",
+        "lr": "Learning rate",
         "samples_per_second": "Samples a second",
         "tokens_per_second": "Tokens a second",
         "grad_norm": "Gradient norm",

@@ -37,6 +37,7 @@ VIEWS = {
     "data": "Data",
     "data?section=Contracts": "Data",
     "data?section=Pictures": "Data",
+    "data?section=Leakage": "Data",
     "review": "Review",
     "runs": "Runs",
     "benchmarks": "Benchmarks",

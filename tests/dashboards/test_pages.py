@@ -117,6 +117,20 @@ def test_pictures_are_searched_filtered_and_paged(built_workspace: Path, monkeyp
     assert 1 <= sum("Axial view" in text.value for text in page.text) <= 12
 
 
+def test_leakage_shows_pairs_side_by_side_by_the_way_they_are_alike(
+    built_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page("data", tmp_path, monkeypatch, section="Leakage")
+    assert [code.value for code in page.code] == ["medvlm leakage"]
+    page = open_page("data", built_workspace, monkeypatch, section="Leakage")
+    assert page.dataframe[0].value["leaked_items"].to_list() == [2]
+    page.session_state["way"] = "phash"
+    page.run()
+    said = "\n".join(caption.value.replace("\\", "") for caption in page.caption)
+    assert "test: slake slake-2" in said
+    assert "instruct: instruct-0002 · 2 bits apart" in said
+
+
 @pytest.mark.parametrize(
     ("name", "section"), [("data", "Contracts"), ("data", "Pictures"), ("benchmarks", None), ("runs", None)]
 )

@@ -7,6 +7,7 @@ import io
 import math
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFilter
 
+from medvlm.data.leakage import Comparison, LeakedItem
 from medvlm.evaluation.leaderboard import write_leaderboard
 from medvlm.records import (
     FetchOutcome,
@@ -178,7 +180,7 @@ def _curve(seed: int, steps: int = 120) -> list[dict]:
         {
             "step": s,
             "loss": 0.4 + seed * 0.15 + 4 * math.exp(-s / 25) + draw_from.uniform(-0.12, 0.12),
-            "learning_rate": 2e-3 * 0.5 * (1 + math.cos(math.pi * s / steps)),
+            "lr": 2e-3 * 0.5 * (1 + math.cos(math.pi * s / steps)),
         }
         for s in range(1, steps + 1)
     ]
@@ -191,13 +193,13 @@ def _write_runs(workspace: Workspace) -> None:
                 step=f"train {recipe} {stage}",
                 counts={"steps": 120, "samples": 480},
                 metrics={"loss": 0.5, "samples_per_second": 31.4},
-                details={"loss_curve": _curve(r + stage)},
+                details={"curves": {"all": _curve(r + stage)}},
                 seed=7,
             )
             write_report(workspace.stage(recipe, stage), report, started=time.monotonic() - 48)
-        targets = {name: {"loss_curve": _curve(r + i + 3)} for i, name in enumerate(("vqa-rad", "slake"))}
+        targets = {name: _curve(r + i + 3) for i, name in enumerate(("vqa-rad", "slake"))}
         write_report(
-            workspace.stage(recipe, 3), Report(step="train", details={"targets": targets}), started=time.monotonic()
+            workspace.stage(recipe, 3), Report(step="train", details={"curves": targets}), started=time.monotonic()
         )
 
 
@@ -278,6 +280,19 @@ def _write_scores(workspace: Workspace) -> None:
             write_records(workspace.predictions(recipe, benchmark) / "answers", Prediction, answers)
 
 
+def _write_leakage(workspace: Workspace) -> None:
+    leaked = [
+        LeakedItem("slake", f"slake-{n}", f"item{n}", "instruct", "bytes" if n < 2 else "phash", f"instruct-{n:04d}", n)
+        for n in range(4)
+    ]
+    write_records(workspace.leaked_items, LeakedItem, leaked)
+    ways = {way: {"images": 0, "items": 0} for way in ("bytes", "image_id", "case_id", "phash", "question")}
+    ways["bytes"] = ways["phash"] = {"images": 2, "items": 2}
+    found = Comparison("instruct", "slake:test", 60, 40, 2, 2, 40, 2, 38, ways, 4, ["item0", "item1"])
+    report = Report(step="leakage", details={"comparisons": [asdict(found)]})
+    write_report(workspace.leakage, report, started=time.monotonic())
+
+
 def build_workspace(root: Path) -> Workspace:
     """Every table that the dashboard reads, with a few rows each."""
     workspace = Workspace(root).ensure()
@@ -294,4 +309,5 @@ def build_workspace(root: Path) -> Workspace:
     _write_runs(workspace)
     _write_scores(workspace)
     write_leaderboard(workspace)
+    _write_leakage(workspace)
     return workspace
