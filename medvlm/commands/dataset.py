@@ -143,6 +143,76 @@ def build_benchmark(workspace: str, name: str, source: Path, tolerated_missing: 
     _print_report(report, as_json)
 
 
+@dataset.command("describe")
+@click.argument("target")
+@JSON_OPTION
+@click.pass_obj
+def describe(obj: str, target: str, as_json: bool) -> None:
+    """Count a dataset by split, answer type, language, modality and licence.
+
+    TARGET is a dataset or benchmark of the workspace, a folder of shards, or a published release or file.
+
+    \b
+    medvlm dataset describe alignment
+    medvlm dataset describe data/slake --json
+    medvlm dataset describe llava_med_instruct_10k.json
+    """
+    from medvlm.data import describe as library
+
+    found = library.describe(Workspace(Path(obj)), target)
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found] if len(found) > 1 else dataclasses.asdict(found[0]))
+        return
+    for one in found:
+        licence = f", {one.licence}" if one.licence else ""
+        click.echo(f"{one.name}: {one.rows:,} {one.kind}, {one.images:,} images, {one.groups:,} groups{licence}")
+        for field, counts in one.by.items():
+            if len(counts) <= 40:
+                click.echo(f"  {field}")
+                for value, count in counts.items():
+                    click.echo(f"    {value or '(empty)':<32} {count:>9,}")
+            else:
+                click.echo(f"  {field}: {len(counts):,} different values")
+        for reason, lost in one.dropped.items():
+            click.echo(f"  dropped, {reason}: {lost['count']:,}, such as {lost['first'][0]}")
+        for file in one.files:
+            click.echo(f"  file {file['file']}: SHA-256 {file['sha256'][:16]}…, published content: {file['official']}")
+
+
+@dataset.command("split")
+@click.argument("name", type=click.Choice(["alignment", "instruct", "preference"]))
+@click.option("--validation", type=float, default=0.02, show_default=True, help="Share of the articles.")
+@click.option("--test", type=float, default=0.0, show_default=True, help="Share of the articles.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@JSON_OPTION
+@click.pass_obj
+def split(obj: str, name: str, validation: float, test: float, seed: int, as_json: bool) -> None:
+    """Write splits of NAME that never cut through an article or an image.
+
+    \b
+    medvlm dataset split instruct --validation 0.05
+    """
+    from medvlm.data.split import split_dataset
+
+    report = split_dataset(Workspace(Path(obj)).ensure(), name, validation=validation, test=test, seed=seed)
+    _print_report(report, as_json)
+
+
+@dataset.command("card")
+@click.argument("names", nargs=-1, required=True)
+@click.pass_obj
+def card(obj: str, names: tuple[str, ...]) -> None:
+    """Write README.md and croissant.json beside datasets, with the leakage found since they were built.
+
+    \b
+    medvlm dataset card alignment instruct vqa-rad
+    """
+    from medvlm.data.card import write_card
+
+    for name in names:
+        click.echo(write_card(Workspace(Path(obj)).ensure(), name))
+
+
 def _print_report(report: Report, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(report))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medvlm.data.card import write_card
 from medvlm.data.images import image_hashes
-from medvlm.data.official import official_state, question_files
+from medvlm.data.official import is_synthetic, official_state, question_files
 from medvlm.data.readers.data_rad import read_data_rad
 from medvlm.data.readers.hub_parquet import hub_files, read_hub_parquet
 from medvlm.data.readers.medmnist import COLLECTIONS, read_medmnist
@@ -172,10 +173,14 @@ def build_benchmark(workspace: Workspace, name: str, source: Path, *, tolerance:
             "licence": benchmark.licence,
             "source": benchmark.source,
             "files": [official_state(file) for file in question_files(source)],
+            "synthetic": is_synthetic(workspace, source),
         },
         fingerprint=fingerprint(*shard_paths(workspace.items(name))),
     )
-    return write_report(workspace.benchmark(name), report, started=started, packages=("pyarrow", "pillow", "imagehash"))
+    packages = ("pyarrow", "pillow", "imagehash")
+    report = write_report(workspace.benchmark(name), report, started=started, packages=packages)
+    write_card(workspace, name)
+    return report
 
 
 def finetune_samples(items: Iterable[VQAItem], *, without: Collection[str] = ()) -> Iterator[Sample]:

@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet as pq
 
+from medvlm.data.card import write_card
 from medvlm.data.leakage import images_under_test
 from medvlm.data.modality import modality_of_caption
+from medvlm.data.official import is_synthetic
 from medvlm.data.readers import llava_med
 from medvlm.data.readers.chimed import read_chimed
 from medvlm.data.readers.llava_med import Conversation
@@ -23,11 +25,21 @@ from medvlm.data.tally import Tally
 from medvlm.errors import InputError
 from medvlm.records import Figure, PreferencePair, Sample, Turn
 from medvlm.review import Journal, Verdict, obey, verdicts
-from medvlm.store import Report, Workspace, fingerprint, iterate_records, shard_paths, write_records, write_report
+from medvlm.store import (
+    Report,
+    Workspace,
+    fingerprint,
+    iterate_records,
+    read_report,
+    shard_paths,
+    write_records,
+    write_report,
+)
 
 __all__ = [
     "count_figures",
     "decisions",
+    "figures_are_synthetic",
     "joined_samples",
     "language_of",
     "pick",
@@ -222,11 +234,19 @@ def write_dataset(
     report = Report(
         step=f"build {name}",
         counts=counts,
-        details={**tally.details(), **details},
+        details={**tally.details(), **details, "synthetic": figures_are_synthetic(workspace)},
         seed=seed,
         fingerprint=fingerprint(*made_with, *shard_paths(workspace.samples(name))),
     )
-    return write_report(workspace.dataset(name), report, started=started)
+    report = write_report(workspace.dataset(name), report, started=started)
+    write_card(workspace, name)
+    return report
+
+
+def figures_are_synthetic(workspace: Workspace) -> bool:
+    """Whether the workspace's figures were fetched from its sample corpus."""
+    report = read_report(workspace.figures)
+    return bool(report) and is_synthetic(workspace, report.details.get("store", ""))
 
 
 def without_leaked(workspace: Workspace, rows: Iterable[Kept | Dropped]) -> Iterator[Kept | Dropped]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from medvlm.data.readers import llava_med, vqa_rad
 from medvlm.data.readers.source import file_sha256
+from medvlm.store import Workspace
 
-__all__ = ["SHA256", "official_state", "question_files"]
+__all__ = ["SHA256", "is_synthetic", "official_state", "question_files"]
 
 SHA256 = llava_med.SHA256 | vqa_rad.SHA256
 
@@ -29,3 +30,8 @@ def question_files(release: Path) -> list[Path]:
     folders = (release, release / "Slake1.0", release / "data_RAD", release / "data")
     suffixes = (".json", ".csv", ".pkl", ".parquet", ".npz")
     return sorted(path for folder in folders for path in folder.glob("*") if path.suffix in suffixes)
+
+
+def is_synthetic(workspace: Workspace, source: str | Path) -> bool:
+    """Whether a file, folder or store lies in the workspace's sample corpus, so that what comes of it is synthetic."""
+    return Path(source).resolve().is_relative_to(workspace.corpus.resolve())

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from medvlm.data.conversations import pick, prompt_text, prompts, usable_figures, without_leaked
+from medvlm.data.card import write_card
+from medvlm.data.conversations import figures_are_synthetic, pick, prompt_text, prompts, usable_figures, without_leaked
 from medvlm.data.endpoint import ChatClient, Unanswered
 from medvlm.data.official import official_state
 from medvlm.data.readers.llava_med import SLOT
@@ -170,7 +171,8 @@ def build_preference(
             )
 
     write_records(workspace.samples("preference"), PreferencePair, counted())
-    details = tally.details() | ({"official": official_state(official)} if official else {})
+    details = tally.details() | {"synthetic": figures_are_synthetic(workspace)}
+    details |= {"official": official_state(official)} if official else {}
     report = Report(
         step="build preference",
         counts={"pairs": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")},
@@ -178,7 +180,9 @@ def build_preference(
         seed=seed,
         fingerprint=fingerprint(*shard_paths(workspace.samples("preference"))),
     )
-    return write_report(workspace.dataset("preference"), report, started=started)
+    report = write_report(workspace.dataset("preference"), report, started=started)
+    write_card(workspace, "preference")
+    return report
 
 
 def join_preferences(
