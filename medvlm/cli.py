@@ -28,6 +28,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),
     "chat-eval": ("medvlm.commands.chat_eval:chat_eval", "Judge chat answers beside LLaVA-Med's table."),
+    "export-benchmark": (
+        "medvlm.commands.export_benchmark:export_benchmark",
+        "Write a benchmark for another harness, such as lmms-eval.",
+    ),
     "leaderboard": ("medvlm.commands.leaderboard:leaderboard", "Show all scores beside the published ones."),
 }
 

@@ -25,8 +25,9 @@ def read_predictions(path: Path, *, benchmark: str) -> list[Prediction]:
     """Predictions of a folder of Parquet shards, one Parquet file, or a JSONL file.
 
     JSONL lines hold ``question_id`` (or ``item_id``) and ``text``, as LLaVA-Med, Med-MoE and
-    STLLaVA-Med write them; ``prompt``, ``model_id`` and ``blind`` are taken along. UTF-8 with or
-    without a byte-order mark, LF or CRLF.
+    STLLaVA-Med write them; ``prompt``, ``model_id`` and ``blind`` are taken along. The samples that
+    lmms-eval logs of our exported tasks are read too. UTF-8 with or without a byte-order mark, LF or
+    CRLF.
 
     Args:
         path: The folder or file.
@@ -111,7 +112,7 @@ def _prediction(row: Any, *, benchmark: str, where: str) -> Prediction:
             where=where,
             hint='each line has to be one object such as {"question_id": 10, "text": "Yes"}',
         )
-    fields = cast("dict[str, Any]", row)
+    fields = _from_lmms_eval(cast("dict[str, Any]", row))
     text = fields.get("text")
     if not isinstance(text, str):
         found = "there is none" if "text" not in fields else f"it is {json.dumps(text)[:80]}"
@@ -129,6 +130,22 @@ def _prediction(row: Any, *, benchmark: str, where: str) -> Prediction:
         prompt=str(fields.get("prompt") or ""),
         text=text,
     )
+
+
+def _from_lmms_eval(fields: dict[str, Any]) -> dict[str, Any]:
+    """A sample that lmms-eval logged, as an answer; any other line as it is.
+
+    lmms-eval drops the document from its log, so the id is read from the records that our exported
+    task leaves under its metrics.
+    """
+    if "text" in fields or "filtered_resps" not in fields:
+        return fields
+    records = (cast("dict[str, Any]", value) for value in fields.values() if isinstance(value, dict))
+    item_id = next((record["item_id"] for record in records if "item_id" in record), None)
+    response = fields["filtered_resps"]
+    if isinstance(response, list) and len(cast("list[Any]", response)) == 1:
+        response = cast("list[Any]", response)[0]
+    return {"item_id": item_id, "text": response, "prompt": fields.get("input", "")}
 
 
 def _item_id(fields: Mapping[str, Any], *, where: str) -> str:
