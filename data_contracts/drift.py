@@ -33,12 +33,15 @@ Statistics = dict[str, Any]
 
 def statistics(frame: pd.DataFrame, rules: DriftRules) -> Statistics:
     """The numbers by which a version is remembered: rows, lengths in powers of two, shares of names."""
-    lengths = frame[rules.length].fillna(0).astype("int64")
-    bins = lengths.map(lambda value: max(int(value), 0).bit_length()).value_counts()
-    names = frame[rules.mix].fillna("none").astype(str).value_counts()
+    import numpy as np
+
+    lengths = frame[rules.length].fillna(0).to_numpy(dtype=np.float64)
+    # The binary exponent of a whole number is its length in bits: 0, 1, 2-3, 4-7, 8-15, …
+    counts = np.bincount(np.frexp(np.clip(lengths, 0, None))[1])
+    names = frame[rules.mix].fillna("none").value_counts()
     return {
         "rows": len(frame),
-        "length": {str(name): int(count) for name, count in sorted(bins.items())},
+        "length": {str(bits): int(count) for bits, count in enumerate(counts) if count},
         "mix": {str(name): int(count) for name, count in sorted(names.items())},
     }
 

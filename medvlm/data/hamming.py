@@ -146,10 +146,12 @@ def _every(values: Hashes, first: Positions, queries: Hashes, radius: int) -> It
         best, count = np.iinfo(np.int64).max, 0
         for start in range(0, len(values), BLOCK):
             distance = np.bitwise_count(values[start : start + BLOCK] ^ queries[query])
-            (near,) = np.nonzero(distance <= radius)
-            if len(near):
-                best = min(best, int(_key(distance[near], first[near + start]).min()))
-                count += len(near)
+            nearest = distance.min()
+            if nearest <= radius:
+                count += np.count_nonzero(distance <= radius)
+                if int(nearest) <= best >> 40:
+                    (places,) = np.nonzero(distance == nearest)
+                    best = min(best, int(_key(distance[places], first[places + start]).min()))
         return np.array([query]), np.array([best]), np.array([count])
 
     # The comparisons run outside the interpreter's lock.

@@ -160,7 +160,8 @@ def test_docs_are_whole_pages_that_fetch_nothing(tmp_path: Path) -> None:
 
 
 def test_large_tables_get_a_seeded_sample_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_contracts.images, "EVERY_IMAGE_UP_TO", 3)
+    monkeypatch.setattr(data_contracts.images, "EVERY_IMAGE_UP_TO", 8)
+    monkeypatch.setattr(data_contracts.images, "SAMPLED_IMAGES", 3)
     workspace = Workspace(tmp_path)
     monkeypatch.setattr("medvlm.store.ROW_GROUP_BYTES", 1)
     sound_records.write(workspace, "alignment", sound_records.sound("alignment", 9))
