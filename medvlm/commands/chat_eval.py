@@ -14,7 +14,14 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.group("chat-eval")
 def chat_eval() -> None:
-    """Judge answers to LLaVA-Med's 193 chat questions, and summarise the reviews."""
+    """Judge answers to LLaVA-Med's 193 chat questions, and summarise the reviews.
+
+    \b
+    Examples:
+      medvlm chat-eval run --questions llava_med_eval_qa50_qa.jsonl --answers answers.jsonl \\
+             --reviews reviews.jsonl --base-url http://127.0.0.1:8000/v1 --judge my-judge
+      medvlm chat-eval summarise --reviews reviews.jsonl --json
+    """
 
 
 @chat_eval.command()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from medvlm import __version__
 from medvlm.errors import InputError
-from medvlm.records import Image, VQAItem, schema_of, to_row
+from medvlm.records import Image, VQAItem, to_row
 from medvlm.store import atomic_folder
 
 __all__ = ["FORMS", "Form", "export_benchmark"]
@@ -174,13 +174,15 @@ def _write_lmms_eval(items: Iterable[VQAItem], folder: Path, final: Path, name: 
 
 
 def _parquet_schema() -> pa.Schema:
-    """The items' columns, marked so that ``datasets`` decodes the image, and lmms-eval leaves it out of logs."""
-    schema = pa.schema([schema_of(VQAItem).field(column) for column in _COLUMNS])
-    features = {column: {"_type": "Image"} if column == "image" else _STRING for column in _COLUMNS}
+    """The items' columns, marked so that ``datasets`` decodes the image, and lmms-eval leaves it out of logs.
+
+    ``datasets`` follows the mark only where a column's type is exactly its own: everything nullable.
+    """
+    image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+    schema = pa.schema([pa.field(column, image if column == "image" else pa.string()) for column in _COLUMNS])
+    text = {"dtype": "string", "_type": "Value"}
+    features = {column: {"_type": "Image"} if column == "image" else text for column in _COLUMNS}
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-_STRING = {"dtype": "string", "_type": "Value"}
 
 
 def _task_code() -> str:
