@@ -1,0 +1,226 @@
+"""Models built from a recipe, and checkpoints: folders that transformers opens, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medvlm.config import load_recipe, recipe_yaml
+from medvlm.errors import CheckpointError
+from medvlm.models.loading import check_keys, check_sizes, refuse_loading
+from medvlm.models.template import IMAGE_MARK
+from medvlm.models.tokenizer import load_tokenizer, special_marks
+from medvlm.models.vision import ImageProcessor, draw_tower, load_tower, tower_config
+from medvlm.recipe_schema import Recipe
+from medvlm.store import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+    from medvlm.models.vlm import MedVLMForConditionalGeneration
+
+__all__ = ["Checkpoint", "attention_implementation", "build_model", "git_commit", "load_checkpoint", "save_checkpoint"]
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model with all that is needed to use it."""
+
+    model: MedVLMForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    processor: ImageProcessor
+    recipe: Recipe
+    metadata: dict[str, Any]
+
+
+def attention_implementation() -> str:
+    """``flash_attention_2`` where it is installed and the GPU can run it, else ``sdpa``."""
+    import importlib.util
+
+    import torch
+
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return "flash_attention_2" if capable and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMForConditionalGeneration:
+    """The model at the start of a recipe's first stage, in float32.
+
+    Args:
+        recipe: Its weights are ``random`` (drawn from its seed), a hub id or a folder.
+        tokenizer: Gives the ids of the image, padding and end marks.
+
+    Raises:
+        CheckpointError: Published weights cannot be loaded or do not fit the recipe.
+    """
+    import torch
+
+    from medvlm.models.vlm import MedVLMConfig, MedVLMForConditionalGeneration
+
+    attention = attention_implementation()
+    tower, decoder = _published_tower(recipe, attention), _published_decoder(recipe, attention)
+    config = MedVLMConfig(
+        vision_config=tower.config if tower is not None else tower_config(recipe.model.vision_tower),
+        text_config=decoder.config if decoder is not None else _decoder_config(recipe, tokenizer),
+        projector_kind=recipe.model.projector.kind,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
+        image_seq_length=recipe.model.image_tokens,
+        vision_feature_layer=recipe.model.vision_tower.feature_layer,
+        vision_feature_select_strategy="default" if recipe.model.vision_tower.feature_select == "patch" else "full",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    config._attn_implementation = attention
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = MedVLMForConditionalGeneration(config)
+        if tower is not None:
+            model.model.vision_tower = tower
+        else:
+            draw_tower(model.model.vision_tower, recipe.seed)
+        if decoder is not None:
+            model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
+            if len(tokenizer) > config.text_config.vocab_size:
+                # New marks start as the average of all embeddings, the choice that disturbs the model least.
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def _decoder_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    spec = recipe.model.language_model
+    return CONFIG_MAPPING[spec.architecture](
+        vocab_size=max(recipe.model.tokenizer.vocab_size, len(tokenizer)),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.mlp_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.max_positions,
+        # Keeps what a layer puts out as large as what it reads, at any width.
+        initializer_range=1 / math.sqrt(spec.hidden_size),
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _published_tower(recipe: Recipe, attention: str) -> Any:
+    return None if recipe.model.vision_tower.weights == RANDOM else load_tower(recipe, attention)
+
+
+def _published_decoder(recipe: Recipe, attention: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    spec = recipe.model.language_model
+    if spec.weights == RANDOM:
+        return None
+    with refuse_loading(spec.weights):
+        decoder, info = AutoModelForCausalLM.from_pretrained(
+            spec.weights,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation=attention,
+            dtype=torch.float32,
+        )
+    check_keys(info, spec.weights)
+    check_sizes(
+        decoder.config,
+        _SizesOf(spec),
+        ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        spec.weights,
+    )
+    return decoder
+
+
+class _SizesOf:
+    """A recipe's language model under transformers' names."""
+
+    def __init__(self, spec: Any) -> None:
+        self.hidden_size = spec.hidden_size
+        self.num_hidden_layers = spec.layers
+        self.num_attention_heads = spec.heads
+        self.num_key_value_heads = spec.kv_heads
+        self.intermediate_size = spec.mlp_size
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: Mapping[str, Any] | None = None) -> None:
+    """Write a checkpoint in place of ``folder``, whole.
+
+    Args:
+        folder: Gets safetensors, ``config.json``, tokenizer, processor, ``recipe.yaml``, ``metadata.json``.
+        checkpoint: What is written.
+        state: The weights, where the model itself holds only a part of them (ZeRO-3).
+
+    Raises:
+        WorkspaceError: The disk is full or read-only; what was there before stays.
+    """
+    with atomic_folder(folder) as temporary:
+        checkpoint.model.save_pretrained(temporary, state_dict=state)
+        checkpoint.tokenizer.save_pretrained(temporary)
+        checkpoint.processor.save(temporary)
+        (temporary / "recipe.yaml").write_text(recipe_yaml(checkpoint.recipe), "utf-8")
+        write_json(temporary / "metadata.json", checkpoint.metadata)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A finished checkpoint, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: It is absent or incomplete, or its weights do not cover the model exactly.
+    """
+    import torch
+
+    from medvlm.models.vlm import MedVLMForConditionalGeneration
+
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(
+            "there is no finished checkpoint", where=str(folder), hint="train the stage that makes it first"
+        )
+    recipe = load_recipe(folder / "recipe.yaml")
+    with refuse_loading(str(folder)):
+        model, info = MedVLMForConditionalGeneration.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation=attention_implementation(),
+            dtype=torch.float32,
+        )
+    check_keys(info, str(folder))
+    return Checkpoint(
+        model=model,
+        tokenizer=load_tokenizer(folder, special_marks(recipe)),
+        processor=ImageProcessor.load(folder, recipe.model.vision_tower),
+        recipe=recipe,
+        metadata=read_json(folder / "metadata.json"),
+    )
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, ``unknown`` outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

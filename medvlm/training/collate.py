@@ -1,0 +1,166 @@
+"""Conversations to token ids and labels, and sequences to batches.
+
+Shape letters: B batch, L sequence, N images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from medvlm.errors import InputError
+from medvlm.models.template import IMAGE_MARK, TEMPLATES, Segment, render
+from medvlm.models.tokenizer import IM_END, IM_START, special_marks
+from medvlm.recipe_schema import Recipe, TemplateName
+from medvlm.records import Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["IGNORED", "ConversationEncoder", "Encoded", "collate"]
+
+IGNORED = -100
+"""Label of a token without loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one sequence, with the image's placeholders in place."""
+
+    ids: list[int]
+    labels: list[int]
+    cut: int
+    """Tokens that the length limit took away."""
+
+
+class ConversationEncoder:
+    """Conversations to token ids, the way a recipe's template says.
+
+    Args:
+        recipe: Gives the placeholders of an image and its frame.
+        tokenizer: A fast one.
+        template: Name of the template.
+        max_length: Of a sequence, in tokens.
+    """
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: TemplateName, max_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = TEMPLATES[template]
+        self.max_length = max_length
+        self.image_tokens = recipe.model.image_tokens
+        self.image_text = f"{IM_START}{IMAGE_MARK}{IM_END}" if recipe.model.mm_use_im_start_end else IMAGE_MARK
+        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+        self.bos: str = tokenizer.bos_token or ""
+        self.eos: str = tokenizer.eos_token or ""
+        self.reserved = [m for m in (*special_marks(recipe), self.bos, self.eos, tokenizer.pad_token) if m]
+
+    def encode(self, turns: Sequence[Turn], sample_id: str) -> Encoded:
+        """Ids and labels of a conversation that ends with an answer; only answers carry loss.
+
+        Where it is longer than ``max_length``, the oldest question-answer pairs go first (the image
+        moves to the first question that stays), then the end of the last answer. Never the image.
+
+        Raises:
+            InputError: The image is not there exactly once, turns do not alternate, or even one
+                question leaves no room for an answer.
+        """
+        self._check(turns, sample_id)
+        cut = 0
+        ids, labels = self._tokens(turns)
+        while len(ids) > self.max_length and len(turns) > 2:
+            before = len(ids)
+            turns = [Turn("user", f"{IMAGE_MARK}\n{turns[2].text}"), *turns[3:]]
+            ids, labels = self._tokens(turns)
+            cut += before - len(ids)
+        if len(ids) > self.max_length:
+            cut += len(ids) - self.max_length
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if ids.count(self.image_id) != self.image_tokens or all(label == IGNORED for label in labels):
+            raise InputError(
+                f"the question alone fills {self.max_length} tokens",
+                where=f"sample {sample_id}",
+                hint="raise the stage's max_length, or shorten the question",
+            )
+        return Encoded(ids, labels, cut)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of one question, up to where the answer begins; ``text`` holds ``<image>`` once."""
+        return self._tokens([Turn("user", text)])[0]
+
+    def _check(self, turns: Sequence[Turn], sample_id: str) -> None:
+        roles = [turn.role for turn in turns]
+        if not turns or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
+            raise InputError(
+                f"turns do not alternate between user and assistant: {', '.join(roles) or 'none'}",
+                where=f"sample {sample_id}",
+                hint="check the step that built the dataset",
+            )
+        marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
+        if marks != 1 or IMAGE_MARK not in turns[0].text:
+            raise InputError(
+                f"{IMAGE_MARK} stands {marks} times in the user turns, not once in the first",
+                where=f"sample {sample_id}",
+                hint="check the step that built the dataset",
+            )
+
+    def _tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        segments = render(
+            self.template, turns, image=self.image_text, bos=self.bos, eos=self.eos, reserved=self.reserved
+        )
+        # The whole text at once, as a tokenizer joins across segments; offsets tell what is learned.
+        encoding: Any = self.tokenizer(
+            "".join(segment.text for segment in segments), add_special_tokens=False, return_offsets_mapping=True
+        )
+        learned = _learned_spans(segments)
+        ids: list[int] = [self.tokenizer.bos_token_id] if self.bos else []
+        labels: list[int] = [IGNORED] * len(ids)
+        span = 0
+        for token, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            while span < len(learned) and start >= learned[span][1]:
+                span += 1
+            count = self.image_tokens if token == self.image_id else 1
+            inside = span < len(learned) and start >= learned[span][0]
+            ids += [token] * count
+            labels += [token if inside else IGNORED] * count
+        return ids, labels
+
+
+def _learned_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    spans: list[tuple[int, int]] = []
+    place = 0
+    for segment in segments:
+        if segment.learned:
+            spans.append((place, place + len(segment.text)))
+        place += len(segment.text)
+    return spans
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """A batch, padded on the right.
+
+    Args:
+        rows: Each with ``encoded`` (``Encoded``), ``pixels`` (3, H, W) and ``sample_ids``.
+        pad_id: Fills; never attended, never learned.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` (B, L), ``pixel_values`` (B, 3, H, W), and
+        ``sample_ids``, a list for each sequence.
+    """
+    import torch
+
+    length = max(len(row["encoded"].ids) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([v + [fill] * (length - len(v)) for v in values])
+
+    return {
+        "input_ids": padded([row["encoded"].ids for row in rows], pad_id),
+        "attention_mask": padded([[1] * len(row["encoded"].ids) for row in rows], 0),
+        "labels": padded([row["encoded"].labels for row in rows], IGNORED),
+        "pixel_values": torch.stack([row["pixels"] for row in rows]),
+        "sample_ids": [row["sample_ids"] for row in rows],
+    }

@@ -1,0 +1,265 @@
+"""What a stage reads: samples without their images in memory, and the order in which a run sees them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from medvlm.data.benchmarks import finetune_samples
+from medvlm.errors import InputError, TrainingError
+from medvlm.models.template import IMAGE_MARK
+from medvlm.models.vision import ImageProcessor
+from medvlm.recipe_schema import Recipe, Stage
+from medvlm.records import Sample, Turn, VQAItem, from_row
+from medvlm.store import Workspace, fingerprint, read_json, shard_paths
+from medvlm.training.collate import ConversationEncoder, Encoded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "PixelStore",
+    "StagePlan",
+    "StageSample",
+    "TrainingSet",
+    "check_contract",
+    "data_fingerprint",
+    "read_stage_samples",
+]
+
+PIXEL_CACHE_BYTES = 512 * 2**20
+_WINDOW_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StageSample:
+    """A sample without its image, and where that is."""
+
+    sample_id: str
+    image_sha256: str
+    turns: tuple[Turn, ...]
+    shard: Path
+    row: int
+
+
+def data_folder(workspace: Workspace, stage: Stage, target: str) -> Path:
+    """Folder of the shards that a stage reads for a target."""
+    return workspace.items(target) if stage.data == "benchmarks" else workspace.samples(stage.data)
+
+
+def data_folders(workspace: Workspace, recipe: Recipe, stage: Stage, target: str) -> list[Path]:
+    """Folders of all shards of one training job; several where benchmarks are learned together."""
+    if stage.data == "benchmarks" and target == "all":
+        return [data_folder(workspace, stage, name) for name in recipe.benchmarks]
+    return [data_folder(workspace, stage, target)]
+
+
+def data_fingerprint(folders: Sequence[Path]) -> str:
+    """Changes when and only when the bytes of a shard do."""
+    return fingerprint(*[path for folder in folders for path in shard_paths(folder)])
+
+
+def check_contract(workspace: Workspace, stage: Stage) -> None:
+    """Refuse a dataset that broke its contract; one that was never checked passes.
+
+    Raises:
+        TrainingError: The last result says that the contract is broken.
+    """
+    name = "benchmark-items" if stage.data == "benchmarks" else stage.data
+    result = workspace.contract(name) / "result.json"
+    if result.is_file() and read_json(result).get("success") is False:
+        raise TrainingError(
+            f"the dataset does not hold the contract {name!r}",
+            where=str(result),
+            hint=f"read what broke there, mend the data and run 'python -m data_contracts {name}' again",
+        )
+
+
+def read_stage_samples(folders: Sequence[Path], stage: Stage, seed: int) -> list[StageSample]:
+    """The samples that a stage learns from, in the order of their shards.
+
+    Args:
+        folders: Of ``Sample`` records, or of ``VQAItem`` records, whose train split is taken.
+        stage: ``data`` says which; ``max_samples`` draws a part.
+        seed: Of that draw.
+
+    Raises:
+        InputError: There are none.
+        WorkspaceError: A step before has not run.
+    """
+    samples = [sample for folder in folders for path in shard_paths(folder) for sample in _shard_samples(path, stage)]
+    if not samples:
+        build = "dataset build-benchmark NAME" if stage.data == "benchmarks" else f"dataset build {stage.data}"
+        raise InputError(
+            f"there is nothing to learn in stage {stage.name}: no training samples",
+            where=", ".join(map(str, folders)),
+            hint=f"look at the report.json beside it for what was dropped, then run 'medvlm {build}' again",
+        )
+    if stage.max_samples is not None and stage.max_samples < len(samples):
+        kept = np.random.default_rng(seed).permutation(len(samples))[: stage.max_samples]
+        samples = [samples[index] for index in sorted(kept)]
+    return samples
+
+
+def _shard_samples(path: Path, stage: Stage) -> Iterator[StageSample]:
+    kind = VQAItem if stage.data == "benchmarks" else Sample
+    with pq.ParquetFile(path) as shard:
+        names = [name for name in shard.schema_arrow.names if name != "image"]
+        row = 0
+        for batch in shard.iter_batches(batch_size=4096, columns=names):
+            for values in batch.to_pylist():
+                record: Any = from_row(kind, {**values, "image": None})
+                yield from _stage_samples(record, path, row)
+                row += 1
+
+
+def _stage_samples(record: Sample | VQAItem, path: Path, row: int) -> Iterator[StageSample]:
+    for sample in finetune_samples([record]) if isinstance(record, VQAItem) else [record]:
+        yield StageSample(sample.sample_id, sample.image_sha256, sample.turns, path, row)
+
+
+class PixelStore:
+    """Pixels of samples, read from their shards and kept in memory as far as a budget goes."""
+
+    def __init__(self, processor: ImageProcessor, budget_bytes: int = PIXEL_CACHE_BYTES) -> None:
+        self._processor = processor
+        self._budget_bytes = budget_bytes
+        self._pixels: dict[str, Tensor] = {}
+        # A row group is about 16 MB; a few of them serve neighbours that share one.
+        self._row_group = functools.lru_cache(maxsize=4)(_read_row_group)
+
+    def __call__(self, sample: StageSample) -> Tensor:
+        """Pixels (3, H, W).
+
+        Raises:
+            InputError: The image does not decode; the sample is named, never replaced.
+        """
+        pixels = self._pixels.get(sample.image_sha256)
+        if pixels is not None:
+            return pixels
+        try:
+            pixels = self._processor(self._image(sample))
+        except InputError as error:
+            raise InputError(
+                error.what, where=f"sample {sample.sample_id} in {sample.shard}", hint=error.hint
+            ) from error
+        if self._budget_bytes >= pixels.nbytes:
+            self._budget_bytes -= pixels.nbytes
+            self._pixels[sample.image_sha256] = pixels
+        return pixels
+
+    def _image(self, sample: StageSample) -> bytes:
+        group, offset = _locate(sample.shard, sample.row)
+        return self._row_group(sample.shard, group)[offset].as_py()
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_group_ends(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    metadata = pq.read_metadata(path)
+    return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
+
+def _locate(path: Path, row: int) -> tuple[int, int]:
+    ends = _row_group_ends(path)
+    group = int(np.searchsorted(ends, row, side="right"))
+    return group, row - (int(ends[group - 1]) if group else 0)
+
+
+def _read_row_group(path: Path, group: int) -> Any:
+    with pq.ParquetFile(path) as shard:
+        return shard.read_row_group(group, columns=["image"])["image"].combine_chunks().field("bytes")
+
+
+class StagePlan:
+    """Which samples make up each sequence of a run, in order: a pure function of samples, stage and seed.
+
+    Every epoch is a new permutation. With ``samples_per_image`` above 1, an epoch's samples of one image are
+    shuffled and cut into sequences. Within windows of 16 batches, sequences of like length share a batch (LLaVA's
+    ``group_by_modality_length``), and the batches are shuffled. Position k of the run does not depend on how
+    far a run got or on how many processes it has, so that resuming is exact.
+
+    Args:
+        samples: As ``read_stage_samples`` gives them.
+        stage: Batch sizes, epochs and steps.
+        seed: Of the permutations.
+    """
+
+    def __init__(self, samples: Sequence[StageSample], stage: Stage, seed: int) -> None:
+        self._per_image = stage.samples_per_image
+        self._batch = stage.global_batch
+        self._seed = seed
+        self._lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
+        groups: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.image_sha256 if self._per_image > 1 else str(index), []).append(index)
+        self._groups = list(groups.values())
+        self.sequences_per_epoch = sum(-(-len(group) // self._per_image) for group in self._groups)
+        wanted = max(1, round(self.sequences_per_epoch * stage.epochs / stage.global_batch))
+        self.steps = min(wanted, stage.max_steps or wanted)
+        self.length = self.steps * stage.global_batch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> tuple[int, ...]:
+        """Indices of the samples that share the run's sequence number ``position``."""
+        epoch, place = divmod(position, self.sequences_per_epoch)
+        return self._epoch(epoch)[place]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # a plan lives as long as its run
+    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        rng = np.random.default_rng((self._seed, epoch))
+        sequences: list[tuple[int, ...]] = []
+        for group in self._groups:
+            order = [group[i] for i in rng.permutation(len(group))] if len(group) > 1 else group
+            sequences += [tuple(order[i : i + self._per_image]) for i in range(0, len(order), self._per_image)]
+        shuffled = [sequences[i] for i in rng.permutation(len(sequences))]
+        window = _WINDOW_BATCHES * self._batch
+        return [s for i in range(0, len(shuffled), window) for s in self._bucketed(shuffled[i : i + window], rng)]
+
+    def _bucketed(self, sequences: list[tuple[int, ...]], rng: np.random.Generator) -> list[tuple[int, ...]]:
+        ordered = sorted(sequences, key=lambda sequence: sum(self._lengths[index] for index in sequence))
+        batches = [ordered[i : i + self._batch] for i in range(0, len(ordered), self._batch)]
+        return [sequence for i in rng.permutation(len(batches)) for sequence in batches[i]]
+
+
+class TrainingSet:
+    """The sequences of a run as a map-style dataset; ``collate`` takes its rows."""
+
+    def __init__(
+        self, samples: Sequence[StageSample], plan: StagePlan, encoder: ConversationEncoder, pixels: PixelStore
+    ) -> None:
+        self._samples = samples
+        self._plan = plan
+        self._encoder = encoder
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """One sequence.
+
+        Raises:
+            InputError: Its image does not decode or its turns are malformed; the sample is named.
+        """
+        samples = [self._samples[index] for index in self._plan[position]]
+        return {
+            "encoded": self.encode(samples),
+            "pixels": self._pixels(samples[0]),
+            "sample_ids": [sample.sample_id for sample in samples],
+        }
+
+    def encode(self, samples: Sequence[StageSample]) -> Encoded:
+        """Samples of one image as one conversation: later ones lose the image mark that the first has."""
+        turns = list(samples[0].turns)
+        for sample in samples[1:]:
+            question, *rest = sample.turns
+            turns += [Turn("user", question.text.replace(IMAGE_MARK, "").strip()), *rest]
+        return self._encoder.encode(turns, ", ".join(sample.sample_id for sample in samples))

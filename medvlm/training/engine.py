@@ -1,0 +1,154 @@
+"""What a job runs on: device, precision, attention, ZeRO stage, batch split. Chosen here, and said aloud."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from medvlm.errors import TrainingError
+from medvlm.recipe_schema import Recipe, Stage
+
+__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepare_environment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The choices of one training job."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+    precision: str
+    """``fp32``, ``bf16`` or ``fp16``."""
+    attention: str
+    processes: int
+    rank: int
+    micro_batch: int
+    """Sequences a process holds at once."""
+    accumulation: int
+    """Micro-batches an optimiser step."""
+    zero_stage: int
+    gradient_checkpointing: bool
+
+    def __str__(self) -> str:
+        plural = "process" if self.processes == 1 else "processes"
+        checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
+        return (
+            f"{self.processes} {plural} on {self.device}, {self.precision}, {self.attention} attention, "
+            f"ZeRO-{self.zero_stage}, micro-batch {self.micro_batch} x {self.accumulation}{checkpointing}"
+        )
+
+
+def prepare_environment() -> None:
+    """Set what DeepSpeed reads from the environment, before it is imported; a launcher's values are kept."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        # One process: it is its own launcher, which saves the launcher's start.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+
+def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
+    """The choices for a stage on this machine.
+
+    Raises:
+        TrainingError: The global batch does not split over the processes, or the precision is not there.
+    """
+    import torch
+
+    from medvlm.models.checkpoint import attention_implementation
+
+    cuda = torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batch, accumulation = _split_batch(recipe, stage, processes)
+    return Engine(
+        device="cuda" if cuda else "cpu",
+        precision=_precision(recipe, stage, cuda),
+        attention=attention_implementation(),
+        processes=processes,
+        rank=int(os.environ.get("RANK", "0")),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        zero_stage=stage.zero_stage,
+        gradient_checkpointing=cuda if stage.gradient_checkpointing == "auto" else stage.gradient_checkpointing == "on",
+    )
+
+
+def _split_batch(recipe: Recipe, stage: Stage, processes: int) -> tuple[int, int]:
+    if stage.global_batch % processes:
+        raise TrainingError(
+            f"global_batch {stage.global_batch} does not split over {processes} processes",
+            where=f"recipe {recipe.name}, field stages.{stage.name}.global_batch",
+            hint=f"use a number of processes that divides {stage.global_batch}",
+        )
+    share = stage.global_batch // processes
+    micro_batch = next(size for size in range(min(stage.micro_batch, share), 0, -1) if share % size == 0)
+    return micro_batch, share // micro_batch
+
+
+def _precision(recipe: Recipe, stage: Stage, cuda: bool) -> str:
+    import torch
+
+    if stage.precision == "auto":
+        # On a CPU without bf16 units autocast is some 35 times slower than fp32 (measured).
+        return ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    if stage.precision == "fp16" and not cuda:
+        raise TrainingError(
+            "fp16 training needs a GPU",
+            where=f"recipe {recipe.name}, field stages.{stage.name}.precision",
+            hint="use auto or fp32",
+        )
+    return stage.precision
+
+
+def deepspeed_config(stage: Stage, engine: Engine) -> dict[str, Any]:
+    """DeepSpeed's settings; what the Trainer knows too is left to it (``auto``)."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if stage.offload_optimizer and engine.device == "cuda":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "steps_per_print": 10**9,
+    }
+
+
+def quiet_libraries(processes: int) -> None:
+    """Send the libraries' logs to standard error, warnings only, and avoid a compile that one process does not need."""
+    for name in ("deepspeed", "DeepSpeed", "transformers", "accelerate"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+    if processes == 1 and importlib.util.find_spec("deepspeed"):
+        from deepspeed.ops import __compatible_ops__ as compatible
+
+        # The shared-memory all-reduce between processes of one host: a minute or two of g++ otherwise.
+        compatible["deepspeed_shm_comm"] = False

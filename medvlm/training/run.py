@@ -1,0 +1,329 @@
+"""One training stage of a recipe: samples and a start in, checkpoints and a report out.
+
+``python -m medvlm.training.run`` is the process that a launcher starts, once for each GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medvlm.config import recipe_differences, stage_yaml
+from medvlm.errors import CheckpointError, OutOfMemory, TrainingError
+from medvlm.recipe_schema import Recipe, Stage
+from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
+from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepare_environment, quiet_libraries
+from medvlm.training.resume import Scratch
+
+if TYPE_CHECKING:
+    from medvlm.models.checkpoint import Checkpoint
+    from medvlm.training.data import StageSample
+
+__all__ = ["run_stage"]
+
+_CURVE_POINTS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One checkpoint to make."""
+
+    workspace: Workspace
+    recipe: Recipe
+    number: int
+    target: str
+    engine: Engine
+    fingerprint: str
+    data: tuple[Path, ...]
+
+    @property
+    def stage(self) -> Stage:
+        return self.recipe.stages[self.number - 1]
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.checkpoint(self.recipe.name, self.number, self.target)
+
+    @property
+    def scratch(self) -> Scratch:
+        folder = self.workspace.scratch("train", self.recipe.name, f"stage{self.number}", self.target)
+        return Scratch(folder, self.fingerprint, self.engine.processes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What one job gave."""
+
+    counts: dict[str, int]
+    curve: list[dict[str, float]]
+    loss: float
+    reused: bool = False
+
+
+def run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh: bool = False) -> Report:
+    """Train one stage of a recipe, or what of it is not done yet.
+
+    Args:
+        workspace: Gives samples and start, gets checkpoints and ``report.json``.
+        recipe: Which model and how.
+        stage_number: 1, 2 or 3.
+        fresh: Begin anew: neither resume a killed run nor keep a finished checkpoint.
+
+    Returns:
+        Counts (samples, steps, truncated, parameters), final loss, and the loss curve of each target.
+
+    Raises:
+        InputError: The dataset is empty, or a sample is malformed (it is named).
+        WorkspaceError: A step before has not run, or the disk is full or read-only.
+        CheckpointError: The stage before has no checkpoint, or one of another model.
+        TrainingError: The dataset broke its contract, the run was stopped, the loss is not finite, memory is short.
+    """
+    from medvlm.training.data import check_contract
+
+    started = time.monotonic()
+    workspace.ensure()
+    prepare_environment()
+    stage = recipe.stages[stage_number - 1]
+    check_contract(workspace, stage)
+    engine = choose_engine(recipe, stage)
+    jobs = [_job(workspace, recipe, stage_number, target, engine) for target in recipe.targets(stage_number)]
+    if engine.rank == 0:
+        click.echo(f"{recipe.name}, stage {stage_number} ({stage.name}): {engine}", err=True)
+    results = {job.target: _run_job(job, fresh=fresh) for job in jobs}
+    report = Report(
+        step=f"train {recipe.name} stage {stage_number}",
+        counts=_sum_counts([result.counts for result in results.values()]),
+        metrics={f"loss_{target}" if target != "all" else "loss": r.loss for target, r in results.items()},
+        details={
+            "recipe": recipe.name,
+            "stage": stage.name,
+            "engine": str(engine),
+            "curves": {target: result.curve for target, result in results.items()},
+            "counts": {target: result.counts for target, result in results.items()},
+            "reused": [target for target, result in results.items() if result.reused],
+        },
+        seed=recipe.seed,
+        fingerprint=fingerprint(*[job.fingerprint for job in jobs]),
+    )
+    packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors")
+    if engine.rank:
+        return report
+    return write_report(workspace.stage(recipe.name, stage_number), report, started=started, packages=packages)
+
+
+def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
+    from medvlm.training.data import data_fingerprint, data_folders
+
+    folders = data_folders(workspace, recipe, recipe.stages[number - 1], target)
+    start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
+    mark = fingerprint(stage_yaml(recipe, number), data_fingerprint(folders), start, target)
+    return _Job(workspace, recipe, number, target, engine, mark, tuple(folders))
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise CheckpointError(
+            "the stage before has no finished checkpoint",
+            where=str(folder),
+            hint="train it first: medvlm train --recipe RECIPE --stage N, or 'dvc repro' for all that is missing",
+        )
+    return read_json(path)
+
+
+def _run_job(job: _Job, *, fresh: bool) -> _Trained:
+    if not fresh and (job.folder / "metadata.json").is_file():
+        metadata = _metadata(job.folder)
+        if metadata["fingerprint"] == job.fingerprint:
+            if job.engine.rank == 0:
+                click.echo(f"{job.folder}: finished before, from the same recipe, data and start; kept", err=True)
+            return _Trained(metadata["counts"], metadata["curve"], metadata["metrics"]["loss"], reused=True)
+    try:
+        return _train(job, fresh=fresh)
+    except RuntimeError as error:
+        # torch raises OutOfMemoryError on a GPU, and a bare RuntimeError of its allocator on the CPU.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        name = f"stages.{job.stage.name}"
+        raise OutOfMemory(
+            f"the memory is not enough for {job.engine.micro_batch} sequences of up to {job.stage.max_length} tokens",
+            where=f"recipe {job.recipe.name}, field {name}.micro_batch (it is {job.stage.micro_batch})",
+            hint=f"run again with --set {name}.micro_batch={max(1, job.engine.micro_batch // 2)} (the global batch "
+            "stays the same), then gradient_checkpointing=on, a higher zero_stage, or offload_optimizer=true",
+        ) from error
+
+
+def _start(job: _Job, samples: Sequence[StageSample]) -> Checkpoint:
+    """Model, tokenizer and processor that the job begins with."""
+    from medvlm.models.checkpoint import Checkpoint, build_model, load_checkpoint
+    from medvlm.models.tokenizer import load_tokenizer, special_marks, train_tokenizer
+    from medvlm.models.vision import ImageProcessor
+
+    if job.number > 1:
+        folder = job.workspace.checkpoint(job.recipe.name, job.number - 1)
+        start = load_checkpoint(folder)
+        changed = [path for path in recipe_differences(job.recipe, start.recipe) if path[0] == "model"]
+        if changed:
+            raise CheckpointError(
+                f"stage {job.number - 1} was trained with another model: {', '.join('.'.join(p) for p in changed)} differ",
+                where=str(folder),
+                hint=f"train stage {job.number - 1} again, or undo the change",
+            )
+        return dataclasses.replace(start, recipe=job.recipe)
+    source = job.recipe.model.tokenizer.source
+    if source == "train":
+        tokenizer = train_tokenizer(job.recipe, (turn.text for sample in samples for turn in sample.turns))
+    else:
+        tokenizer = load_tokenizer(source, special_marks(job.recipe))
+    processor = ImageProcessor.of(job.recipe.model.vision_tower)
+    return Checkpoint(build_model(job.recipe, tokenizer), tokenizer, processor, job.recipe, {})
+
+
+def _train(job: _Job, *, fresh: bool) -> _Trained:
+    from medvlm.models.checkpoint import git_commit, save_checkpoint
+    from medvlm.training.collate import ConversationEncoder
+    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
+    from medvlm.training.params import freeze, parameter_counts
+
+    stage = job.stage
+    samples = read_stage_samples(job.data, stage, job.recipe.seed)
+    start = _start(job, samples)
+    freeze(start.model, stage)
+    plan = StagePlan(samples, stage, job.recipe.seed)
+    encoder = ConversationEncoder(job.recipe, start.tokenizer, stage.template, stage.max_length)
+    training_set = TrainingSet(samples, plan, encoder, PixelStore(start.processor))
+    counts = {
+        "samples": len(samples),
+        "steps": plan.steps,
+        "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
+        **parameter_counts(start.model),
+    }
+    trainer, curve = _fit(job, start, training_set, plan, fresh=fresh)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    tail = curve[-max(1, len(curve) // 20) :]
+    loss = round(sum(point["loss"] for point in tail) / len(tail), 6)
+    if job.engine.rank == 0:
+        metadata = {
+            "fingerprint": job.fingerprint,
+            "recipe": job.recipe.name,
+            "stage": stage.name,
+            "target": job.target,
+            "seed": job.recipe.seed,
+            "git_commit": git_commit(),
+            "metrics": {"loss": loss},
+            "counts": counts,
+            "curve": curve,
+        }
+        save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=state)
+        job.scratch.remove()
+    return _Trained(counts, curve, loss)
+
+
+def _fit(
+    job: _Job, start: Checkpoint, training_set: Any, plan: Any, *, fresh: bool
+) -> tuple[Any, list[dict[str, float]]]:
+    """Run the Trainer to the end of the plan; its state gives the loss curve, resumed parts included."""
+    import functools
+
+    import torch.distributed as dist
+
+    quiet_libraries(job.engine.processes)
+    from medvlm.training.collate import collate
+    from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
+
+    scratch = job.scratch
+    arguments = _arguments(job, scratch, plan.steps)
+    if job.engine.rank == 0:
+        message = scratch.open(fresh=fresh)
+        if message:
+            click.echo(message, err=True)
+    if dist.is_initialized():
+        dist.barrier()
+    latest = scratch.latest()
+    if latest and job.engine.rank == 0:
+        click.echo(f"going on from step {latest[0]} of {plan.steps}", err=True)
+    progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
+    checkpoints = job.recipe.checkpoints
+    with StopCallback() as stop:
+        trainer = StageTrainer(
+            job.recipe,
+            job.stage,
+            scratch,
+            model=start.model,
+            args=arguments,
+            train_dataset=training_set,
+            data_collator=functools.partial(collate, pad_id=start.tokenizer.pad_token_id),
+            callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s)],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
+        finally:
+            progress.close()
+    if stop.received is not None and trainer.state.global_step < plan.steps:
+        if stop.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise TrainingError(
+            f"stopped by {signal.Signals(stop.received).name} after step {trainer.state.global_step} of {plan.steps}; saved",
+            where=str(scratch.folder),
+            hint="run the same command again to go on from there",
+        )
+    curve = [
+        {"step": entry["step"], "loss": entry["loss"], "lr": entry["learning_rate"]}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return trainer, curve
+
+
+def _arguments(job: _Job, scratch: Scratch, steps: int) -> Any:
+    from transformers import TrainingArguments
+
+    stage, engine = job.stage, job.engine
+    return TrainingArguments(
+        output_dir=str(scratch.folder),
+        max_steps=steps,
+        per_device_train_batch_size=engine.micro_batch,
+        gradient_accumulation_steps=engine.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule if stage.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(stage.warmup_ratio * steps),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        bf16=engine.precision == "bf16",
+        fp16=engine.precision == "fp16",
+        tf32=True if engine.device == "cuda" else None,
+        gradient_checkpointing=engine.gradient_checkpointing,
+        use_cpu=engine.device == "cpu",
+        deepspeed=deepspeed_config(stage, engine),
+        # The plan has shuffled already; so a resumed run skips to its place without reading what it skips.
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=4 if engine.device == "cuda" else 0,
+        dataloader_pin_memory=engine.device == "cuda",
+        remove_unused_columns=False,
+        logging_steps=max(1, steps // _CURVE_POINTS),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=max(1, math.ceil(steps * job.recipe.checkpoints.every)),
+        report_to=[],
+        disable_tqdm=True,
+        log_level="warning",
+        seed=job.recipe.seed,
+    )
+
+
+def _sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Sums over targets; parameters are those of one model."""
+    total = dict(counts[0])
+    for more in counts[1:]:
+        for key in ("samples", "steps", "truncated"):
+            total[key] += more[key]
+    return total
