@@ -28,6 +28,7 @@ from medvlm.cli import print_json
 )
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @click.option("--stage", help="Only the answers of this stage, where --predictions holds several.")
+@click.option("--accept", is_flag=True, help="With --recipe: later scores are checked against these.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as one JSON object.")
 @click.pass_obj
 def score(
@@ -39,6 +40,7 @@ def score(
     missing: str,
     split: str,
     stage: str | None,
+    accept: bool,
     as_json: bool,
 ) -> None:
     """Score predictions under every named rule, with intervals and the blind baseline.
@@ -46,19 +48,24 @@ def score(
     \b
     Examples:
       medvlm score --recipe tiny-llava-med --benchmark vqa-rad
+      medvlm score --recipe tiny-llava-med --benchmark vqa-rad --accept
       medvlm score --benchmark vqa-rad --items "VQA_RAD Dataset Public.json" \\
                    --predictions answers.jsonl --json
 
     Per cent, 0 to 100. The headline rules are whole_word (closed) and token.recall (open); those
     named llava_med and med_moe compute what the papers did, to compare with their tables.
     """
-    if recipe and (items or predictions):
-        raise click.UsageError("give either --recipe, or --items and --predictions")
+    if (recipe and (items or predictions)) or (accept and not recipe):
+        raise click.UsageError("give either --recipe, or --items and --predictions; --accept needs --recipe")
     if recipe:
+        from medvlm.evaluation.accepted import accept_scores
         from medvlm.evaluation.score_step import score_recipe
         from medvlm.store import Workspace
 
-        report = score_recipe(Workspace(Path(workspace)), recipe, benchmark)
+        place = Workspace(Path(workspace))
+        report = score_recipe(place, recipe, benchmark)
+        if accept:
+            accept_scores(place, recipe, benchmark)
         result: dict[str, Any] = report.details["summary"]
     elif items and predictions:
         from medvlm.evaluation.score import score_files

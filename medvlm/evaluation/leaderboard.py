@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from medvlm.config import load_recipe, recipe_names
-from medvlm.errors import WorkspaceError
+from medvlm.evaluation.accepted import read_scores
 from medvlm.evaluation.published import PublishedScore, published_scores
 from medvlm.evaluation.score_step import REPORTED, stage_order
-from medvlm.records import AnswerType, Score, from_row
+from medvlm.records import AnswerType
 from medvlm.store import Report, Workspace, fingerprint, read_report, write_json, write_report
 
 __all__ = ["LeaderboardRow", "leaderboard_rows", "write_leaderboard"]
@@ -94,7 +91,7 @@ def _score_folders(workspace: Workspace) -> list[Path]:
 
 
 def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
-    scores = [score for score in _read_scores(folder / "scores" / "scores.parquet") if score.slice == "all"]
+    scores = [score for score in read_scores(folder / "scores" / "scores.parquet") if score.slice == "all"]
     report = read_report(folder)
     official = report is not None and report.details.get("official_test_split") is True
     blind = {(score.stage, score.answer_type, score.rule): score.value for score in scores if score.blind}
@@ -133,17 +130,6 @@ def _epochs(recipe: str, stage: str) -> float | None:
         return None
     known = {found.name: found for found in load_recipe(recipe).stages}
     return known[stage].epochs if stage in known and known[stage].max_steps is None else None
-
-
-def _read_scores(path: Path) -> list[Score]:
-    try:
-        return [from_row(Score, row) for row in pq.read_table(path).to_pylist()]
-    except (pa.ArrowInvalid, TypeError) as error:
-        raise WorkspaceError(
-            f"the scores cannot be read: {error}",
-            where=str(path),
-            hint="restore them with 'dvc checkout', or run 'medvlm score' again",
-        ) from error
 
 
 def _published_row(score: PublishedScore) -> LeaderboardRow:
