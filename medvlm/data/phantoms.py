@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,35 +140,6 @@ def draw_phantom(finding: Finding, seed: int | str) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(0.5))
 
 
-class Sketchbook:
-    """Draws phantoms so that a perceptual hash takes none for a held-out one.
-
-    Without this, phantoms of equal findings would be near duplicates, and a leakage check that looks for
-    those would rightly take the sample corpus apart. Held-out pictures have to be drawn first.
-    """
-
-    def __init__(self) -> None:
-        self._held_out = np.zeros((0, 64), dtype=np.bool_)
-
-    def draw(self, finding: Finding, seed: str, *, held_out: bool) -> Image.Image:
-        """A phantom at least ``MIN_PHASH_DISTANCE`` bits from every held-out one before it.
-
-        Raises:
-            RuntimeError: 1,000 drawings were all too close: the phantoms vary too little.
-        """
-        import imagehash  # slow to import, and only the corpus needs it here
-
-        for attempt in range(1000):
-            picture = draw_phantom(finding, f"{seed}/{attempt}")
-            bits = np.asarray(imagehash.phash(picture).hash, dtype=np.bool_).reshape(1, 64)
-            distances = (self._held_out ^ bits).sum(axis=1)
-            if distances.min(initial=64) >= MIN_PHASH_DISTANCE:
-                if held_out:
-                    self._held_out = np.concatenate([self._held_out, bits])
-                return picture
-        raise RuntimeError(f"no picture of {finding} is {MIN_PHASH_DISTANCE} bits from the held-out ones")
-
-
 def encode_jpeg(image: Image.Image) -> bytes:
     """JPEG bytes with every setting pinned, so that equal pictures have equal bytes."""
     stream = io.BytesIO()
@@ -181,6 +152,44 @@ def encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=6, optimize=False)
     return stream.getvalue()
+
+
+class Sketchbook:
+    """Draws phantoms so that a perceptual hash takes none for a held-out one.
+
+    Without this, phantoms of equal findings would be near duplicates, and a leakage check that looks for
+    those would rightly take the sample corpus apart. Held-out pictures have to be drawn first.
+    """
+
+    def __init__(self) -> None:
+        self._held_out = np.zeros((0, 64), dtype=np.bool_)
+
+    def draw(
+        self, finding: Finding, seed: str, *, held_out: bool, encode: Callable[[Image.Image], bytes] = encode_jpeg
+    ) -> bytes:
+        """An encoded phantom at least ``MIN_PHASH_DISTANCE`` bits from every held-out one before it.
+
+        Args:
+            finding: What is shown.
+            seed: Decides all that is not asked after.
+            held_out: Whether it belongs to a validation or test split.
+            encode: ``encode_jpeg`` or ``encode_png``.
+
+        Raises:
+            RuntimeError: 1,000 drawings were all too close: the phantoms vary too little.
+        """
+        import imagehash  # slow to import, and only the corpus needs it here
+
+        for attempt in range(1000):
+            picture = encode(draw_phantom(finding, f"{seed}/{attempt}"))
+            with Image.open(io.BytesIO(picture)) as stored:  # the hash of what readers will see
+                bits = np.asarray(imagehash.phash(stored).hash, dtype=np.bool_).reshape(1, 64)
+            distances = (self._held_out ^ bits).sum(axis=1)
+            if distances.min(initial=64) >= MIN_PHASH_DISTANCE:
+                if held_out:
+                    self._held_out = np.concatenate([self._held_out, bits])
+                return picture
+        raise RuntimeError(f"no picture of {finding} is {MIN_PHASH_DISTANCE} bits from the held-out ones")
 
 
 def _grey(level: int) -> _Colour:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvlm.data.phantoms import Modality, Sketchbook, balanced_findings
+from medvlm.data.phantoms import MIN_PHASH_DISTANCE, Modality, Sketchbook, balanced_findings
 from medvlm.data.sample_benchmarks import (
     BenchmarkSize,
     draw_panels,
@@ -102,12 +102,12 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
             "pathvqa": write_pathvqa(folder / "pathvqa", panels),
         }
         counts = _counts(articles, questions)
-        (folder / "README.md").write_text(_readme(seed, counts), "utf-8")
+        expected: dict[str, int] = dict(sorted(Counter(figure.expected for figure in figures).items()))
+        (folder / "README.md").write_text(_readme(seed, counts, expected), "utf-8")
         mark = _content_fingerprint(folder)
-    expected = Counter(figure.expected for figure in figures)
     details: dict[str, Any] = {
         "scale": asdict(scale),
-        "expected_outcomes": dict(sorted(expected.items())),
+        "expected_outcomes": expected,
         "troubles": {a.trouble: a.pmcid for a in articles if a.trouble},
     }
     report = Report(step="corpus", counts=counts, details=details, seed=seed, fingerprint=mark)
@@ -126,7 +126,8 @@ def _content_fingerprint(folder: Path) -> str:
     return fingerprint(*(part for path in paths for part in (path.relative_to(folder).as_posix(), path)))
 
 
-def _readme(seed: int, counts: dict[str, int]) -> str:
+def _readme(seed: int, counts: dict[str, int], expected: dict[str, int]) -> str:
+    outcomes = "\n".join(f"| {status} | {number} |" for status, number in expected.items())
     table = "\n".join(f"| {name.replace('_', ' ')} | {number} |" for name, number in counts.items())
     return f"""# Synthetic sample corpus
 
@@ -141,7 +142,8 @@ Drawn by `medvlm corpus --seed {seed}`.
 - `llava_med_image_urls.jsonl`: the figures wanted, in LLaVA-Med's list format.
 - `llava-med/`: alignment and instruction rows about those figures, in LLaVA-Med's JSON format, in English and
   (`*_zh.json`) Chinese.
-- `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats. No picture is in two splits.
+- `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats. No picture is in two splits; by
+  perceptual hash, every picture is at least {MIN_PHASH_DISTANCE} bits of 64 away from each held-out one.
 
 "Left" and "right" mean the left and the right of the image. All lesions of one picture lie on one side and
 have one size. Each closed question is answered by yes exactly as often as by no, in every split, so that a
@@ -150,4 +152,8 @@ model that does not look at the picture is right half of the time.
 | what | number |
 |---|---|
 {table}
+
+| outcome expected of the fetch | figures |
+|---|---|
+{outcomes}
 """

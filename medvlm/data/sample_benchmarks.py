@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvlm.data.phantoms import Finding, Modality, Sketchbook, balanced_findings, encode_jpeg
+from medvlm.data.phantoms import Finding, Modality, Sketchbook, balanced_findings
 from medvlm.data.sample_questions import Asked, Language, ask, word
 from medvlm.records import Split
 
@@ -88,7 +88,7 @@ def _draw_panel(
     rng = random.Random(f"{seed}/{split}")  # noqa: S311  # pictures, not secrets
     findings = balanced_findings(rng, modalities, size.images(split))
     pictures = [
-        encode_jpeg(sketchbook.draw(finding, f"{seed}/{split}/{index}", held_out=split != "train"))
+        sketchbook.draw(finding, f"{seed}/{split}/{index}", held_out=split != "train")
         for index, finding in enumerate(findings)
     ]
     return Panel(findings, pictures, ask(rng, findings, closed=size.closed_per_image, open_=size.open_per_image))

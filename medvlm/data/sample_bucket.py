@@ -116,7 +116,7 @@ def _make_article(
             f"gr{index + 1}",
             f"10-5555_2026_{number}_Fig{index + 1}_HTML",
         )[number % 4]
-        picture = sketchbook.draw(finding, f"figure/{rng.random()}", held_out=False)
+        encode = encode_png if extension == "png" else encode_jpeg
         hit = TROUBLES[trouble] if trouble and (index == 0 or not trouble.startswith("first image")) else "ok"
         figures.append(
             SampleFigure(
@@ -126,7 +126,7 @@ def _make_article(
                 file_name=f"{stem}.{extension}",
                 finding=finding,
                 caption=caption(rng, finding, "en"),
-                image=encode_png(picture) if extension == "png" else encode_jpeg(picture),
+                image=sketchbook.draw(finding, f"figure/{rng.random()}", held_out=False, encode=encode),
                 expected=hit,
             )
         )
