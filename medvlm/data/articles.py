@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from medvlm.data.figure_image import TooManyPixels, prepare_figure
+from PIL import UnidentifiedImageError
+
+from medvlm.data.figure_image import StoredImage, TooManyPixels, prepare_figure
 from medvlm.data.jats import ArticleText, FigureText, JatsError, find_figure, parse_jats
 from medvlm.data.lists import ArticleRows, refused
 from medvlm.data.objects import Answer, ObjectStore
@@ -24,6 +24,7 @@ from medvlm.data.pmc import (
     parse_metadata,
     source_url,
 )
+from medvlm.data.verified import read_verified
 from medvlm.data.versions import Versions
 from medvlm.records import FetchOutcome, FetchStatus, Figure, FigureRef, Image
 
@@ -224,19 +225,17 @@ class ArticleFetcher:
     async def _read_text(self, article: ArticleVersion) -> ArticleText | _Refusal:
         if article.xml is None:
             return _Refusal("ok", "no caption: the metadata lists no XML")
-        answer = await self._get(article.xml, XML_LIMIT_BYTES)
-        try:
-            if answer.status in {"timeout", "store_error"}:
-                return _unanswered(answer.status, f"{article.xml.key}: {answer.detail}", answer.attempts)
-            if answer.status != "ok":
-                return _Refusal("ok", f"no caption: {article.xml.key}: {answer.detail}")
-            if not _md5_holds(answer.body, article.xml):
-                return _Refusal("ok", "no caption: the XML's MD5 is not that of the metadata")
-            return await asyncio.get_running_loop().run_in_executor(self.executor, parse_jats, answer.body)
-        except JatsError as error:
-            return _Refusal("ok", f"no caption: {error}")
-        finally:
-            await self.store.budget.release(answer.reserved)
+        read = await read_verified(self.store, self.executor, article.xml, parse_jats, limit_bytes=XML_LIMIT_BYTES)
+        if read.answer.status in {"timeout", "store_error"}:
+            return _unanswered(read.answer.status, f"{article.xml.key}: {read.answer.detail}", read.answer.attempts)
+        if read.answer.status != "ok":
+            return _Refusal("ok", f"no caption: {article.xml.key}: {read.answer.detail}")
+        if read.mismatch:
+            return _Refusal("ok", "no caption: the XML's MD5 is not that of the metadata")
+        if read.value is not None:
+            return read.value
+        known = isinstance(read.error, JatsError)
+        return _Refusal("ok", f"no caption: {read.error if known else repr(read.error)}")
 
     async def _row(
         self, ref: FigureRef, wanted: list[_Wanted], texts: dict[int, ArticleText | _Refusal], versions: Versions
@@ -264,76 +263,61 @@ class ArticleFetcher:
     async def _figure(
         self, ref: FigureRef, wanted: _Wanted, texts: dict[int, ArticleText | _Refusal], *, several: bool
     ) -> tuple[Figure | None, _Refusal | None, Answer]:
-        try:
-            answer = await self._get(wanted.media, self.settings.max_bytes)
-        except Exception as error:  # noqa: BLE001  # the fetch worker writes the row
-            return None, _Refusal("store_error", f"unexpected {type(error).__name__}: {error}"), Answer("store_error")
-        bare = dataclasses.replace(answer, body=b"")
-        try:
-            if answer.status == "absent":
-                return None, _Refusal("media_absent", f"listed, but not in the store: {wanted.media.key}"), bare
-            if answer.status != "ok":
-                return None, _unanswered(answer.status, f"{wanted.media.key}: {answer.detail}", 0), bare
-            if not _md5_holds(answer.body, wanted.media):
-                found = hashlib.md5(answer.body, usedforsecurity=False).hexdigest()
-                detail = f"{wanted.media.name}: MD5 is {found}, the metadata says {wanted.media.md5}"
-                return None, _Refusal("md5_mismatch", detail), bare
-            return await self._decoded(ref, wanted, texts, answer.body, several=several), None, bare
-        except TooManyPixels as error:
-            return None, _Refusal("too_large", f"{wanted.media.name}: {error}"), bare
-        except Exception as error:  # noqa: BLE001  # the fetch worker writes the row
-            # Pillow's own sentence on unknown formats holds a memory address.
-            reason = "no image format is recognised" if "identify" in str(error) else f"{type(error).__name__}: {error}"
-            detail = f"{wanted.media.name}, {len(answer.body):,} bytes: {reason}"
-            return None, _Refusal("undecodable", detail), bare
-        finally:
-            await self.store.budget.release(answer.reserved)
-
-    async def _decoded(
-        self,
-        ref: FigureRef,
-        wanted: _Wanted,
-        texts: dict[int, ArticleText | _Refusal],
-        body: bytes,
-        *,
-        several: bool,
-    ) -> Figure:
-        def prepare() -> Any:
+        def prepare(body: bytes) -> StoredImage:
             return prepare_figure(body, max_side_px=self.settings.max_side_px)
 
-        stored = await asyncio.get_running_loop().run_in_executor(self.executor, prepare)
-        article, text, figure = wanted.version, texts.get(wanted.version.version), wanted.text
-        return Figure(
-            figure_id=f"{ref.pair_id}_{wanted.media.name.rsplit('.', 1)[0]}" if several else ref.pair_id,
-            pmcid=article.pmcid,
-            version=article.version,
-            pmid=article.pmid if article.pmid is not None else ref.pmid,
-            key=wanted.media.key,
-            source_url=source_url(wanted.media.key),
-            licence=article.licence or "",
-            citation=article.citation,
-            article_title=(text.title if isinstance(text, ArticleText) else "") or article.title,
-            retracted=article.retracted,
-            image=Image(bytes=stored.bytes, path=wanted.media.name),
-            width_px=stored.width_px,
-            height_px=stored.height_px,
-            sha256=stored.sha256,
-            phash=stored.phash,
-            label=figure.label if figure else "",
-            caption=figure.caption if figure else "",
-            mentions=figure.mentions if figure else (),
-        )
+        try:
+            limit = self.settings.max_bytes
+            read = await read_verified(self.store, self.executor, wanted.media, prepare, limit_bytes=limit)
+        except Exception as error:  # noqa: BLE001  # the fetch worker writes the row
+            return None, _Refusal("store_error", f"unexpected {type(error).__name__}: {error}"), Answer("store_error")
+        answer, name = read.answer, wanted.media.name
+        if answer.status == "absent":
+            return None, _Refusal("media_absent", f"listed, but not in the store: {wanted.media.key}"), answer
+        if answer.status != "ok":
+            return None, _unanswered(answer.status, f"{wanted.media.key}: {answer.detail}", 0), answer
+        if read.mismatch:
+            detail = f"{name}: MD5 is {read.mismatch}, the metadata says {wanted.media.md5}"
+            return None, _Refusal("md5_mismatch", detail), answer
+        if isinstance(read.error, TooManyPixels):
+            return None, _Refusal("too_large", f"{name}: {read.error}"), answer
+        if read.value is None:
+            return None, _Refusal("undecodable", f"{name}, {answer.bytes_read:,} bytes: {_reason(read.error)}"), answer
+        text = texts.get(wanted.version.version)
+        return _figure_of(ref, wanted, text, read.value, several=several), None, answer
 
-    async def _get(self, media: MediaObject, limit_bytes: int) -> Answer:
-        """An object; read a second time where its MD5 is wrong, since a transfer may have failed."""
-        answer = await self.store.get(media.key, limit_bytes=limit_bytes)
-        if answer.status != "ok" or _md5_holds(answer.body, media):
-            return answer
-        await self.store.budget.release(answer.reserved)
-        again = await self.store.get(media.key, limit_bytes=limit_bytes)
-        return dataclasses.replace(
-            again, attempts=answer.attempts + again.attempts, bytes_read=answer.bytes_read + again.bytes_read
-        )
+
+def _figure_of(
+    ref: FigureRef, wanted: _Wanted, text: ArticleText | _Refusal | None, stored: StoredImage, *, several: bool
+) -> Figure:
+    article, figure = wanted.version, wanted.text
+    return Figure(
+        figure_id=f"{ref.pair_id}_{wanted.media.name.rsplit('.', 1)[0]}" if several else ref.pair_id,
+        pmcid=article.pmcid,
+        version=article.version,
+        pmid=article.pmid if article.pmid is not None else ref.pmid,
+        key=wanted.media.key,
+        source_url=source_url(wanted.media.key),
+        licence=article.licence or "",
+        citation=article.citation,
+        article_title=(text.title if isinstance(text, ArticleText) else "") or article.title,
+        retracted=article.retracted,
+        image=Image(bytes=stored.bytes, path=wanted.media.name),
+        width_px=stored.width_px,
+        height_px=stored.height_px,
+        sha256=stored.sha256,
+        phash=stored.phash,
+        label=figure.label if figure else "",
+        caption=figure.caption if figure else "",
+        mentions=figure.mentions if figure else (),
+    )
+
+
+def _reason(error: Exception | None) -> str:
+    """Pillow's own sentence on unknown formats holds a memory address, so it gets another."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format is recognised"
+    return f"{type(error).__name__}: {error}"
 
 
 def _wanted(
@@ -361,10 +345,6 @@ def _detail(wanted: list[_Wanted], refusals: list[_Refusal], texts: dict[int, Ar
     elif isinstance(text, ArticleText) and wanted[0].text is None:
         notes.append("no caption: the XML has no such figure")
     return "; ".join(notes)
-
-
-def _md5_holds(body: bytes, media: MediaObject) -> bool:
-    return not media.md5 or hashlib.md5(body, usedforsecurity=False).hexdigest() == media.md5
 
 
 def _unanswered(status: str, detail: str, attempts: int, absent: FetchStatus = "article_absent") -> _Refusal:

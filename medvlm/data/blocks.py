@@ -7,6 +7,7 @@ in the order of the list.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -88,7 +89,14 @@ class Blocks:
 
     def ordinal(self, row: int) -> int:
         """Position of a row among the rows of the list."""
-        return int(np.searchsorted(self.rows, row))
+        # Without blank lines the two are the same. numpy's search lets go of the interpreter lock,
+        # and the event loop would wait for it at every row.
+        if row < len(self.rows) and self._line(row) == row:
+            return row
+        return bisect.bisect_left(self.rows, row)
+
+    def _line(self, ordinal: int) -> int:
+        return int(self.rows[ordinal])
 
     def is_done(self, row: int) -> bool:
         """Whether a row has its result already."""

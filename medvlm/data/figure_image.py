@@ -135,7 +135,8 @@ def _eight_bit(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def perceptual_hash(image: PillowImage.Image) -> str:
     """64-bit DCT hash as 16 hex digits, equal to ``imagehash.phash`` of the RGB picture."""
-    grey = image.convert("RGB").convert("L").resize((32, 32), PillowImage.Resampling.LANCZOS)
+    rgb = image if image.mode in {"L", "RGB"} else image.convert("RGB")
+    grey = rgb.convert("L").resize((32, 32), PillowImage.Resampling.LANCZOS)
     basis = _cosines()
     frequencies = (basis @ np.asarray(grey, np.float64) @ basis.T).ravel()
     bits = frequencies > np.median(frequencies)

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ LISTING_BATCH = 256
 """Articles whose versions are asked for together."""
 BATCHES_AHEAD = 4
 PROGRESS_EVERY_S = 1.0
+SWITCH_INTERVAL_S = 0.0005
 GIVE_UP_AFTER = 200
 """Results in a row that failed for a passing reason, before the store is called unreachable."""
 
@@ -245,7 +247,7 @@ def fetch_figures(
             index, blocks, opened, settings, limits.concurrency, listen, total,
             _earlier_evidence(earlier, blocks) if earlier else None,
         )  # fmt: skip
-        with bomb_limit():
+        with bomb_limit(), _short_turns():
             asyncio.run(_fetch(run))
         rates = _rates(run, time.monotonic() - started)
         if part != (1, 1):
@@ -263,6 +265,17 @@ def fetch_figures(
         shutil.rmtree(folder, ignore_errors=True)
         _drop_strangers(scratch)
     return report
+
+
+@contextmanager
+def _short_turns() -> Generator[None]:
+    """Let threads take turns often: the event loop must not wait 5 ms for each of its many small steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def _fetch(run: _Run) -> None:

@@ -138,7 +138,7 @@ def text_of(node: Any, *, skip: frozenset[str] = frozenset()) -> str:
         node: The element; text after its end is not part of it.
         skip: Tags whose content is left out.
     """
-    return re.sub(r"\s+", " ", "".join(_pieces(node, skip))).strip()
+    return " ".join("".join(_pieces(node, skip)).split())
 
 
 def _pieces(node: Any, skip: frozenset[str]) -> Iterator[str]:
@@ -222,18 +222,19 @@ def _mentions(article: Any, elements: Sequence[Any], figures: Sequence[FigureTex
     by_id = {figure.figure_id: place for place, figure in enumerate(figures) if figure.figure_id}
     by_number = {number: place for place, figure in enumerate(figures) if (number := _number(figure.label)) is not None}
     found: list[list[str]] = [[] for _ in figures]
-    in_words: list[list[str]] = [[] for _ in figures]
-    for paragraph in article.iter("p"):
-        if _is_aside(paragraph, article):
-            continue
-        by_reference = _referred(paragraph, by_id, by_number)
-        text = text_of(paragraph, skip=ELSEWHERE)
-        for place in by_reference:
+    paragraphs = [paragraph for paragraph in article.iter("p") if not _is_aside(paragraph, article)]
+    for paragraph in paragraphs:
+        places = _referred(paragraph, by_id, by_number)
+        text = text_of(paragraph, skip=ELSEWHERE) if places else ""
+        for place in places:
             found[place].append(text)
-        for place in _said(text, by_number) - by_reference:
-            in_words[place].append(text)
     # Some articles tag no reference of a figure; then, and only then, words are trusted.
-    return [tagged or spoken for tagged, spoken in zip(found, in_words, strict=True)]
+    untagged = {place for place in by_number.values() if not found[place]}
+    for paragraph in paragraphs if untagged else ():
+        text = text_of(paragraph, skip=ELSEWHERE)
+        for place in _said(text, by_number) & untagged:
+            found[place].append(text)
+    return found
 
 
 def _is_aside(paragraph: Any, article: Any) -> bool:

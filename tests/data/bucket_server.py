@@ -40,6 +40,7 @@ class BucketServer:
 
     objects: dict[str, bytes]
     latency_s: float = 0.0
+    """Of each round trip: an answer comes this late, the first one on a connection twice as late."""
     page_cap: int = 1000
     faults: dict[str, Fault] = field(default_factory=dict)
     """By key; ``?list`` stands for every listing."""
@@ -155,6 +156,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, server: BucketServer) -> None:
         self.server = server
         self.buffer = b""
+        self.known = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -172,7 +174,9 @@ class _Connection(asyncio.Protocol):
             self.server.in_flight += 1
             self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
             if self.server.latency_s:
-                asyncio.get_running_loop().call_later(self.server.latency_s, self.reply, target)
+                trips = 1 if self.known else 2  # a new connection takes a round trip of its own
+                self.known = True
+                asyncio.get_running_loop().call_later(trips * self.server.latency_s, self.reply, target)
             else:
                 self.reply(target)
 
