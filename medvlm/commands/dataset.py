@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from medvlm.cli import print_json
-from medvlm.store import Report, Workspace
+from medvlm.store import Report, Workspace, iterate_records
+
+if TYPE_CHECKING:
+    from medvlm.data.endpoint import ChatClient
+    from medvlm.data.preference import GenerationRequest
 
 __all__ = ["dataset"]
 
@@ -31,9 +38,26 @@ def dataset() -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
 @click.option("--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with.")
-@click.option("--endpoint", is_flag=True, help="Have a chat model write the conversations (instruct only).")
+@click.option("--endpoint", is_flag=True, help="instruct: a chat model writes; preference: it judges.")
 @click.option("--token-budget", type=click.IntRange(1), help="Most tokens that may be spent on the endpoint.")
 @click.option("--concurrency", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests at a time.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="preference: the model that asks and answers.")
+@click.option("--about", default="instruct", show_default=True, help="preference: the dataset whose images are asked.")
+@click.option(
+    "--ask",
+    type=click.Choice(["model", "dataset"]),
+    default="model",
+    show_default=True,
+    help="preference: whose questions; dataset for a model that was not taught to ask.",
+)
+@click.option("--questions", type=click.IntRange(1, 20), default=1, show_default=True, help="preference: per image.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0.01, 5),
+    default=0.8,
+    show_default=True,
+    help="preference: of the model's answers.",
+)
 @JSON_OPTION
 @click.pass_obj
 def build(
@@ -45,6 +69,11 @@ def build(
     endpoint: bool,
     token_budget: int | None,
     concurrency: int,
+    checkpoint: Path | None,
+    about: str,
+    ask: Literal["model", "dataset"],
+    questions: int,
+    temperature: float,
     as_json: bool,
 ) -> None:
     """Build the training dataset NAME from the fetched figures.
@@ -52,63 +81,122 @@ def build(
     Without --official, captions are the alignment texts, and rules write the conversations; with
     --endpoint, a chat model writes them: set MEDVLM_ENDPOINT_URL (up to and with /v1),
     MEDVLM_ENDPOINT_MODEL and, if it wants one, MEDVLM_ENDPOINT_KEY. Answers are kept, so that a
-    stopped run goes on where it was. Preference pairs come from the published file.
+    stopped run goes on where it was.
+
+    Preference pairs come from the published file, or with --checkpoint from a model that answers
+    each question twice; the endpoint, or without it the overlap with the known answer, ranks them.
 
     \b
     medvlm dataset build alignment
     medvlm dataset build instruct --official llava_med_instruct_60k_inline_mention.json
     medvlm dataset build instruct --endpoint --token-budget 2000000
     medvlm dataset build preference --official stllava_dpo.json
+    medvlm dataset build preference --checkpoint checkpoints/stllava-med/stage2 --questions 2
     """
     from medvlm.data.alignment import build_alignment
 
     workspace = Workspace(Path(obj)).ensure()
     shards, official = (source, None) if source and source.is_dir() else (None, source)
-    if endpoint and (name != "instruct" or official):
-        raise click.UsageError("--endpoint writes instruct conversations, and not together with a published file")
+    if endpoint and (name == "alignment" or official):
+        raise click.UsageError("--endpoint writes instruct conversations or judges answers, not a published file's")
+    client = ChatAccess(token_budget, concurrency) if endpoint else None
     if name == "alignment":
         report = build_alignment(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
     elif name == "preference":
-        report = _build_preference(workspace, official, keep_leaked)
-    elif endpoint:
-        report = _write_with_endpoint(workspace, shards, seed, keep_leaked, token_budget, concurrency)
+        report = _build_preference(
+            workspace, official, checkpoint, client, Asking(about, ask, questions, temperature, seed), keep_leaked
+        )
     else:
         from medvlm.data.instruct import build_instruct
 
-        report = build_instruct(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
+        with client.opened(workspace) if client else nullcontext() as chat:
+            report = build_instruct(
+                workspace, official=official, figures=shards, client=chat, seed=seed, keep_leaked=keep_leaked
+            )
     _print_report(report, as_json)
 
 
-def _build_preference(workspace: Workspace, official: Path | None, keep_leaked: bool) -> Report:
-    from medvlm.data.conversations import decisions
-    from medvlm.data.preference import build_preference, join_preferences
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How a model is asked for preference pairs."""
 
-    if official is None:
-        raise click.UsageError("preference pairs need --official, the published JSON")
-    rows = join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
-    return build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
+    about: str
+    ask: Literal["model", "dataset"]
+    questions: int
+    temperature: float
+    seed: int
 
 
-def _write_with_endpoint(
+@dataclasses.dataclass(frozen=True)
+class ChatAccess:
+    """How much of the endpoint that the environment names may be used."""
+
+    token_budget: int | None
+    concurrency: int
+
+    @contextmanager
+    def opened(self, workspace: Workspace) -> Generator[ChatClient]:
+        """A client whose answers are kept in the workspace; says in the end what was spent."""
+        from medvlm.data.endpoint import ChatClient, Endpoint, EndpointSettings, TokenBudget
+        from medvlm.data.response_cache import ResponseCache
+
+        endpoint = Endpoint.from_environment()
+        with ResponseCache(workspace.scratch("endpoint") / "answers.sqlite") as cache:
+            settings = EndpointSettings(concurrency=self.concurrency)
+            client = ChatClient(endpoint, cache, budget=TokenBudget(self.token_budget), settings=settings)
+            yield client
+            click.echo(f"spent {client.budget.spent:,} tokens", err=True)
+
+
+def _build_preference(
     workspace: Workspace,
-    shards: Path | None,
-    seed: int,
+    official: Path | None,
+    checkpoint: Path | None,
+    access: ChatAccess | None,
+    asking: Asking,
     keep_leaked: bool,
-    token_budget: int | None,
-    concurrency: int,
 ) -> Report:
-    from medvlm.data.endpoint import ChatClient, Endpoint, EndpointSettings, TokenBudget
-    from medvlm.data.instruct import build_instruct
-    from medvlm.data.response_cache import ResponseCache
+    from medvlm.data.conversations import decisions
+    from medvlm.data.judges import EndpointJudge, OverlapJudge
+    from medvlm.data.preference import build_preference, join_preferences, self_preferences
+    from medvlm.records import Sample
 
-    endpoint = Endpoint.from_environment()
-    with ResponseCache(workspace.scratch("endpoint") / "answers.sqlite") as cache:
-        client = ChatClient(
-            endpoint, cache, budget=TokenBudget(token_budget), settings=EndpointSettings(concurrency=concurrency)
+    if (official is None) == (checkpoint is None):
+        raise click.UsageError("preference pairs need either --official, the published JSON, or --checkpoint")
+    if official:
+        rows = join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
+        return build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
+    assert checkpoint is not None
+    with access.opened(workspace) if access else nullcontext() as client:
+        rows = self_preferences(
+            iterate_records(workspace.samples(asking.about), Sample),
+            _answering(checkpoint, asking.temperature),
+            EndpointJudge(client) if client else OverlapJudge(),
+            questions=asking.questions,
+            ask=asking.ask,
+            seed=asking.seed,
         )
-        report = build_instruct(workspace, figures=shards, client=client, seed=seed, keep_leaked=keep_leaked)
-        click.echo(f"spent {client.budget.spent:,} tokens", err=True)
-    return report
+        return build_preference(workspace, rows, seed=asking.seed, keep_leaked=keep_leaked)
+
+
+def _answering(checkpoint: Path, temperature: float) -> Callable[[Sequence[GenerationRequest]], list[str]]:
+    """The checkpoint as the function that preference building asks."""
+    from medvlm.records import Turn
+    from medvlm.serving.chat import ChatModel, Sampling
+
+    model = ChatModel.load(checkpoint)
+
+    def answer(requests: Sequence[GenerationRequest]) -> list[str]:
+        return [
+            "".join(
+                model.stream(
+                    request.image, [Turn("user", request.prompt)], Sampling(temperature=temperature, seed=request.seed)
+                )
+            )
+            for request in requests
+        ]
+
+    return answer
 
 
 @dataset.command("build-benchmark")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from medvlm.data.card import write_card
-from medvlm.data.conversations import figures_are_synthetic, pick, prompt_text, prompts, usable_figures, without_leaked
-from medvlm.data.endpoint import ChatClient, Unanswered
+from medvlm.data.conversations import figures_are_synthetic, pick, prompts, usable_figures, without_leaked
+from medvlm.data.endpoint import Unanswered
+from medvlm.data.judges import Judge
 from medvlm.data.official import official_state
 from medvlm.data.readers.llava_med import SLOT
 from medvlm.data.readers.source import Dropped
@@ -33,18 +33,13 @@ from medvlm.store import (
 )
 
 __all__ = [
-    "EndpointJudge",
     "Generate",
     "GenerationRequest",
-    "Judge",
-    "OverlapJudge",
-    "Verdict",
     "build_preference",
     "join_preferences",
     "self_preferences",
 ]
 
-Verdict = Literal["first", "second", "tie"]
 BATCH = 16
 
 
@@ -61,78 +56,6 @@ class GenerationRequest:
 
 Generate = Callable[[Sequence[GenerationRequest]], Sequence[str]]
 """The model: one text for each request, in their order. Given by the caller; this module loads none."""
-
-
-class Judge(Protocol):
-    """Says which of two answers is better."""
-
-    name: str
-    """Goes into each pair as ``judge:<name>``."""
-
-    def rank(self, question: str, reference: str, first: str, second: str) -> Verdict | Unanswered:
-        """The better answer, a tie, or why there is no verdict.
-
-        Args:
-            question: Without the image slot.
-            reference: What is known of the image: its caption or conversation.
-            first: One answer.
-            second: The other.
-        """
-        ...
-
-
-class OverlapJudge:
-    """The offline rule: the answer whose words overlap more with the reference (F1 over words) is better.
-
-    A crude stand-in for a reader. Answers closer than ``margin`` are a tie.
-    """
-
-    name = "overlap-offline"
-
-    def __init__(self, margin: float = 0.05) -> None:
-        self._margin = margin
-
-    def rank(self, question: str, reference: str, first: str, second: str) -> Verdict:
-        """The answer with the larger F1 against the reference, or a tie."""
-        difference = word_f1(first, reference) - word_f1(second, reference)
-        if abs(difference) < self._margin:
-            return "tie"
-        return "first" if difference > 0 else "second"
-
-
-class EndpointJudge:
-    """A chat endpoint as judge, asked in both orders: where the order decides, it is a tie."""
-
-    def __init__(self, client: ChatClient) -> None:
-        self._client = client
-        self.name = client.endpoint.model
-
-    def rank(self, question: str, reference: str, first: str, second: str) -> Verdict | Unanswered:
-        """The endpoint's verdict, or why it gave none.
-
-        Raises:
-            EndpointError: The endpoint cannot be reached, or refuses everything.
-        """
-        verdicts: list[Verdict] = []
-        for one, other in ((first, second), (second, first)):
-            said = f"Description: {reference}\n\nQuestion: {question}\n\nFirst: {one}\n\nSecond: {other}"
-            messages = [{"role": "system", "content": prompt_text("preference_judge")}]
-            answer = self._client.complete([*messages, {"role": "user", "content": said}], max_tokens=8)
-            if isinstance(answer, Unanswered):
-                return answer
-            words = set(re.findall(r"\b(first|second|tie)\b", answer.text.lower()))
-            if len(words) != 1:
-                return Unanswered("verdict_malformed", answer.text[:80])
-            verdicts.append("first" if "first" in words else "second" if "second" in words else "tie")
-        swapped: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie"}
-        return verdicts[0] if verdicts[0] == swapped[verdicts[1]] else "tie"
-
-
-def word_f1(answer: str, reference: str) -> float:
-    """F1 over the words of an answer and a reference, 0 to 1; Chinese characters count as words."""
-    said, known = (Counter(re.findall(r"[\u4e00-\u9fff]|[^\W_]+", text.lower())) for text in (answer, reference))
-    common = sum((said & known).values())
-    return 2 * common / (sum(said.values()) + sum(known.values())) if common else 0.0
 
 
 def build_preference(
@@ -226,8 +149,24 @@ def join_preferences(
             yield Dropped("pair without a usable figure", "figure_absent", pair_id)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One question about one image, and what is known about its answer."""
+
+    sample: Sample
+    number: int
+    question: str
+    reference: str
+
+
 def self_preferences(
-    samples: Iterable[Sample], generate: Generate, judge: Judge, *, questions: int = 1, seed: int = 0
+    samples: Iterable[Sample],
+    generate: Generate,
+    judge: Judge,
+    *,
+    questions: int = 1,
+    ask: Literal["model", "dataset"] = "model",
+    seed: int = 0,
 ) -> Iterator[PreferencePair | Dropped]:
     """Pairs that the model makes about the images of a training set, as STLLaVA-Med does.
 
@@ -235,7 +174,9 @@ def self_preferences(
         samples: Whose images are asked about; their answers are the judge's reference.
         generate: The model, sampling.
         judge: Ranks the two answers.
-        questions: For each image. Repeated ones are dropped.
+        questions: For each image, at most. Repeated ones are dropped.
+        ask: Whether the model asks, or the questions of the samples are taken: for a model that
+            was never taught to ask. Then the reference is the sample's answer to that question.
         seed: Decides the requests and the sampling seeds.
 
     Yields:
@@ -244,73 +185,85 @@ def self_preferences(
     """
     done = 0
     for batch in _batches(samples, BATCH):
-        asked = [(sample, number) for sample in batch for number in range(questions)]
-        requests = prompts("self_question")
-        texts = generate(
-            [
-                GenerationRequest(
-                    sample.image.bytes,
-                    f"{SLOT}\n{requests[pick(seed, f'{sample.sample_id} {number}', len(requests))]}",
-                    pick(seed, f"{sample.sample_id} {number} question", 2**31),
-                )
-                for sample, number in asked
-            ]
-        )
-        usable: list[tuple[Sample, int, str]] = []
-        for (sample, number), text in zip(asked, texts, strict=True):
-            question = clean_question(text)
-            if not question:
-                yield Dropped(sample.sample_id, "question_malformed", text[:80])
-            elif any(other is sample and known == question for other, _, known in usable):
-                yield Dropped(sample.sample_id, "question_repeated", question)
+        if ask == "dataset":
+            rows = [asked for sample in batch for asked in _dataset_questions(sample)[:questions]]
+        else:
+            rows = list(_model_questions(batch, generate, questions, seed))
+        usable: list[_Asked] = []
+        for row in rows:
+            if isinstance(row, Dropped):
+                yield row
+            elif any(other.sample is row.sample and other.question == row.question for other in usable):
+                yield Dropped(row.sample.sample_id, "question_repeated", row.question)
             else:
-                usable.append((sample, number, question))
+                usable.append(row)
         yield from _answered(usable, generate, judge, seed)
         done += len(batch)
         report_progress({"done": done})
 
 
-def _answered(
-    asked: list[tuple[Sample, int, str]], generate: Generate, judge: Judge, seed: int
-) -> Iterator[PreferencePair | Dropped]:
-    answers = generate(
-        [
-            GenerationRequest(
-                sample.image.bytes,
-                f"{question}\n{SLOT}",
-                pick(seed, f"{sample.sample_id} {number} answer {turn}", 2**31),
-            )
-            for sample, number, question in asked
-            for turn in (1, 2)
-        ]
-    )
-    if len(answers) != 2 * len(asked):
-        raise ValueError(f"the model gave {len(answers)} texts for {2 * len(asked)} requests")
-    for (sample, number, question), first, second in zip(asked, answers[::2], answers[1::2], strict=True):
-        yield _judged(sample, number, question, first.strip(), second.strip(), judge)
+def _dataset_questions(sample: Sample) -> list[_Asked]:
+    rounds = zip(sample.turns[::2], sample.turns[1::2], strict=True)
+    return [
+        _Asked(sample, number, user.text.replace(SLOT, "").strip(), assistant.text)
+        for number, (user, assistant) in enumerate(rounds)
+    ]
 
 
-def _judged(
-    sample: Sample, number: int, question: str, first: str, second: str, judge: Judge
-) -> PreferencePair | Dropped:
+def _model_questions(batch: list[Sample], generate: Generate, questions: int, seed: int) -> Iterator[_Asked | Dropped]:
+    asked = [(sample, number) for sample in batch for number in range(questions)]
+    pool = prompts("self_question")
+    requests = [
+        GenerationRequest(
+            sample.image.bytes,
+            f"{SLOT}\n{pool[pick(seed, f'{sample.sample_id} {number}', len(pool))]}",
+            pick(seed, f"{sample.sample_id} {number} question", 2**31),
+        )
+        for sample, number in asked
+    ]
+    for (sample, number), text in zip(asked, generate(requests), strict=True):
+        question = clean_question(text)
+        if question:
+            reference = " ".join(turn.text for turn in sample.turns if turn.role == "assistant")
+            yield _Asked(sample, number, question, reference)
+        else:
+            yield Dropped(sample.sample_id, "question_malformed", text[:80])
+
+
+def _answered(asked: list[_Asked], generate: Generate, judge: Judge, seed: int) -> Iterator[PreferencePair | Dropped]:
+    requests = [
+        GenerationRequest(
+            row.sample.image.bytes,
+            f"{row.question}\n{SLOT}",
+            pick(seed, f"{row.sample.sample_id} {row.number} answer {turn}", 2**31),
+        )
+        for row in asked
+        for turn in (1, 2)
+    ]
+    answers = generate(requests)
+    for row, first, second in zip(asked, answers[::2], answers[1::2], strict=True):
+        yield _judged(row, first.strip(), second.strip(), judge)
+
+
+def _judged(row: _Asked, first: str, second: str, judge: Judge) -> PreferencePair | Dropped:
+    sample = row.sample
     if not first or not second:
-        return Dropped(sample.sample_id, "answer_empty", question)
+        return Dropped(sample.sample_id, "answer_empty", row.question)
     if first.lower() == second.lower():
         return Dropped(sample.sample_id, "answers_equal", first[:80])
-    reference = " ".join(turn.text for turn in sample.turns if turn.role == "assistant")
-    verdict = judge.rank(question, reference, first, second)
+    verdict = judge.rank(row.question, row.reference, first, second)
     if isinstance(verdict, Unanswered):
-        return Dropped(f"{sample.sample_id}: {verdict.detail}", verdict.reason, question)
+        return Dropped(f"{sample.sample_id}: {verdict.detail}", verdict.reason, row.question)
     if verdict == "tie":
-        return Dropped(sample.sample_id, "tie", question)
+        return Dropped(sample.sample_id, "tie", row.question)
     chosen, rejected = (first, second) if verdict == "first" else (second, first)
     return PreferencePair(
-        pair_id=f"{sample.sample_id}-q{number + 1}",
+        pair_id=f"{sample.sample_id}-q{row.number + 1}",
         image=sample.image,
         image_sha256=sample.image_sha256,
         image_phash=sample.image_phash,
         group_id=sample.group_id,
-        question=question,
+        question=row.question,
         chosen=chosen,
         rejected=rejected,
         source=f"judge:{judge.name}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +19,12 @@ from hypothesis import strategies as st
 from medvlm.cli import cli
 from medvlm.data.alignment import build_alignment
 from medvlm.data.endpoint import ChatClient, Endpoint
-from medvlm.data.preference import (
-    EndpointJudge,
-    GenerationRequest,
-    OverlapJudge,
-    build_preference,
-    clean_question,
-    self_preferences,
-    word_f1,
-)
+from medvlm.data.judges import EndpointJudge, OverlapJudge, word_f1
+from medvlm.data.preference import GenerationRequest, build_preference, clean_question, self_preferences
 from medvlm.data.readers.source import Dropped
 from medvlm.data.response_cache import ResponseCache
 from medvlm.errors import InputError
-from medvlm.records import PreferencePair, Sample
+from medvlm.records import PreferencePair, Sample, Turn
 from medvlm.store import Workspace, read_records, shard_paths
 
 
@@ -128,6 +123,40 @@ def test_pairs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 
     assert built("a", 1) == built("b", 1)
     assert built("c", 2) != built("a", 1)
+
+
+def test_questions_of_the_dataset_are_asked_where_the_model_cannot_ask(tmp_path: Path) -> None:
+    (sample,) = alignment_samples(tmp_path, 1)
+    turns = (*sample.turns, Turn("user", "Which side?"), Turn("assistant", "left"))
+    sample = dataclasses.replace(sample, turns=turns)
+    model = ScriptedModel(["A nodule.", "Chest X-ray.", "left", "A chest X-ray with a large nodule in the lung"], [])
+    rows = list(self_preferences([sample], model, OverlapJudge(), ask="dataset", questions=2))
+    pairs = [row for row in rows if isinstance(row, PreferencePair)]
+    # The reference of the second question is its own answer, not the caption.
+    assert [(pair.pair_id, pair.question, pair.chosen) for pair in pairs][-1] == ("10_F0-q2", "Which side?", "left")
+    assert pairs[0].question == sample.turns[0].text.replace("<image>", "").strip()
+    assert len(model.calls) == 1
+
+
+def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment_samples(tmp_path, 3)
+    texts = itertools.cycle(["A nodule in the lung.", "A cat."])
+    made: list[tuple[Path, float]] = []
+
+    def answering(checkpoint: Path, temperature: float) -> Any:
+        made.append((checkpoint, temperature))
+        return lambda requests: [next(texts) for _ in requests]
+
+    monkeypatch.setattr("medvlm.commands.dataset._answering", answering)
+    command = ["--workspace", str(tmp_path), "dataset", "build", "preference"]
+    for wrong in ([], ["--official", "a.json", "--checkpoint", "b"]):
+        assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
+    options = ["--checkpoint", "c", "--about", "alignment", "--ask", "dataset", "--temperature", "0.5", "--json"]
+    report = json.loads(CliRunner().invoke(cli, [*command, *options]).stdout)
+    assert report["counts"]["pairs"] == 3
+    assert made == [(Path("c"), 0.5)]
 
 
 def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path: Path) -> None:
