@@ -19,6 +19,7 @@ chosen = st.navigation(
         st.Page(VIEWS / "review.py", title="Review"),
         st.Page(VIEWS / "runs.py", title="Runs"),
         st.Page(VIEWS / "benchmarks.py", title="Benchmarks"),
+        st.Page(VIEWS / "chat.py", title="Chat"),
     ]
 )
 with st.sidebar:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import streamlit as st
 
@@ -96,10 +96,10 @@ def web_link(label: str, url: str) -> None:
         st.text(url)
 
 
-def picture(data: bytes, *, max_px: int = 448, alt: str = "") -> None:
+def picture(data: bytes, *, max_px: int = 448, alt: str = "", width: int | Literal["stretch"] = "stretch") -> None:
     """Show foreign image bytes, decoded behind the same guard as figures; say so if they do not decode."""
     try:
-        st.image(_thumbnail(data, max_px), width="stretch", alt=alt or None)
+        st.image(_thumbnail(data, max_px), width=width, alt=alt or None)
     except InputError as error:
         st.warning(escaped(error.what))
 

@@ -225,6 +225,18 @@ class Results:
         recipes = sorted({*_names(self.workspace.stage("_", 1).parent.parent), *begun})
         return [curve for recipe in recipes for curve in curves_of(self.workspace, recipe)]
 
+    def checkpoints(self) -> dict[str, Path]:
+        """Every finished checkpoint by its label, the last stage of each recipe first."""
+        found: dict[str, Path] = {}
+        for recipe in _names(self.workspace.stage("_", 1).parent.parent):
+            for stage in (3, 2, 1):
+                for target in _names(self.workspace.checkpoint(recipe, stage).parent):
+                    folder = self.workspace.checkpoint(recipe, stage, target)
+                    if (folder / "metadata.json").is_file():
+                        label = f"{recipe} · stage {stage}" + ("" if target == "all" else f" · {target}")
+                        found[label] = folder
+        return found
+
     # ---------------------------------------------------------------- leakage
 
     def leakage(self) -> list[dict[str, Any]]:

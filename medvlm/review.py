@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from medvlm.errors import InputError, WorkspaceError
-from medvlm.records import Figure, Sample
-from medvlm.store import Workspace
+from medvlm.records import Figure, PreferencePair, Sample, schema_of, to_row
+from medvlm.store import Workspace, atomic_path, read_records
 
 __all__ = [
     "Action",
@@ -33,6 +33,8 @@ __all__ = [
     "agreement",
     "cohen_kappa",
     "obey",
+    "save_preference",
+    "saved_preferences",
     "standing",
     "texts_of",
     "verdicts",
@@ -301,6 +303,30 @@ def _edited(record: Record, texts: tuple[str, ...]) -> Record:
         return dataclasses.replace(record, caption=texts[0])
     turns = tuple(dataclasses.replace(turn, text=text) for turn, text in zip(record.turns, texts, strict=True))
     return dataclasses.replace(record, turns=turns, source="review")
+
+
+def save_preference(workspace: Workspace, pair: PreferencePair) -> None:
+    """Keep a preference that somebody expressed in a chat: one small file, written whole or not at all.
+
+    Raises:
+        WorkspaceError: The disk is full or read-only.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Named after its content: saying the same twice keeps it once.
+    with atomic_path(workspace.review / "preferences" / f"{pair.pair_id}.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist([to_row(pair)], schema=schema_of(PreferencePair)), temporary)
+
+
+def saved_preferences(workspace: Workspace) -> list[PreferencePair]:
+    """Every preference expressed in a chat, by id; what the next preference dataset adds.
+
+    Raises:
+        WorkspaceError: A file is damaged.
+    """
+    folder = workspace.review / "preferences"
+    return read_records(folder, PreferencePair) if folder.is_dir() else []
 
 
 def agreement(decisions: Iterable[Decision], source: str | None = None) -> list[Agreement]:

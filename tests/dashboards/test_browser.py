@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from workspace_builder import build_workspace
+from workspace_builder import build_workspace, write_untrained_checkpoint
 
 from medvlm import RESEARCH_USE_ONLY
-from medvlm.review import Journal
+from medvlm.review import Journal, saved_preferences
 from medvlm.store import Workspace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +41,7 @@ VIEWS = {
     "review": "Review",
     "runs": "Runs",
     "benchmarks": "Benchmarks",
+    "chat": "Chat",
 }
 SCREENSHOTS = os.environ.get("MEDVLM_SCREENSHOTS")
 """Folder where screenshots are kept; a test never writes into the repository by itself."""
@@ -50,7 +51,9 @@ SCREENSHOTS = os.environ.get("MEDVLM_SCREENSHOTS")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
         return Workspace(Path(os.environ["MEDVLM_WORKSPACE"]))
-    return build_workspace(tmp_path_factory.mktemp("browser") / "workspace")
+    workspace = build_workspace(tmp_path_factory.mktemp("browser") / "workspace")
+    write_untrained_checkpoint(workspace)
+    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,29 @@ def test_keys_decide_and_typing_a_note_does_not(
     tab.keyboard.press("u")
     expect(progress).to_contain_text("1 of 60")
     assert [d.action for d in Journal(workspace).read()] == ["accept", "reject", "undo"]
+
+
+def test_a_checkpoint_is_talked_to_and_its_answer_is_streamed(
+    address: str, page: tuple[Page, list[str]], workspace: Workspace
+) -> None:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        pytest.skip("a workspace that was given is not talked about")
+    tab, outside = page
+    tab.goto(f"{address}/chat")
+    question = tab.get_by_test_id("stChatInputTextArea")
+    question.fill("What is shown?")
+    question.press("Enter")
+    main = tab.get_by_test_id("stMainBlockContainer")
+    expect(main.get_by_text("What is shown?")).to_be_visible()
+    expect(tab.get_by_role("button", name="Write a better answer")).to_be_visible(timeout=60_000)
+    ready(tab)
+    tab.get_by_role("button", name="Write a better answer").click()
+    better = tab.get_by_role("textbox", name="Better answer")
+    better.fill("A round lesion.")
+    better.press("Control+Enter")
+    tab.get_by_role("button", name="Save").click()
+    expect(main.get_by_text("it was saved")).to_be_visible()
+    (pair,) = saved_preferences(workspace)
+    assert pair.chosen == "A round lesion."
+    assert len(pair.rejected) > 10  # what the model said
+    assert outside == []

@@ -311,3 +311,17 @@ def build_workspace(root: Path) -> Workspace:
     write_leaderboard(workspace)
     _write_leakage(workspace)
     return workspace
+
+
+def write_untrained_checkpoint(workspace: Workspace) -> None:
+    """The twin before any training, as its third stage: it answers nonsense, through the real code."""
+    from medvlm.config import load_recipe
+    from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
+    from medvlm.models.tokenizer import train_tokenizer
+    from medvlm.models.vision import ImageProcessor
+
+    recipe = load_recipe("tiny-llava-med")
+    tokenizer = train_tokenizer(recipe, ["What is shown? A chest radiograph with a nodule."] * 20)
+    processor = ImageProcessor.of(recipe.model.vision_tower)
+    checkpoint = Checkpoint(build_model(recipe, tokenizer), tokenizer, processor, recipe, {"stage": "finetune"})
+    save_checkpoint(workspace.checkpoint(recipe.name, 3), checkpoint)

@@ -1,0 +1,238 @@
+"""A conversation with one checkpoint, or two side by side; thumbs and corrections feed the next preference set."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from dashboards.frame import empty, escaped, foreign_text, picture, results, show, stamp
+from medvlm.errors import InputError, MedVLMError
+from medvlm.records import Turn
+from medvlm.results import Results
+from medvlm.review import save_preference
+
+if TYPE_CHECKING:
+    from medvlm.serving.chat import ChatModel, Sampling
+
+NONE = "none"
+KINDS = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"]
+
+
+@dataclass
+class Conversation:
+    """What was said about one image, by one or two models."""
+
+    image: bytes
+    name: str
+    models: tuple[str, ...]
+    questions: list[str] = field(default_factory=list)
+    answers: list[list[str]] = field(default_factory=list)
+    """For each question one answer a model; shorter while an answer is being made."""
+    judged: dict[int, str] = field(default_factory=dict)
+    """Question number → what was said about its answers."""
+
+    def turns(self, model: int) -> list[Turn]:
+        """The conversation as one model has seen it, up to the open question."""
+        turns: list[Turn] = []
+        for question, given in zip(self.questions, self.answers, strict=True):
+            turns.append(Turn("user", question))
+            if model < len(given):
+                turns.append(Turn("assistant", given[model]))
+        return turns
+
+
+@st.cache_resource(max_entries=2, show_spinner="Loading the checkpoint …")
+def _model(folder: str, changed: int) -> ChatModel:
+    del changed
+    from medvlm.serving.chat import ChatModel
+
+    return ChatModel.load(Path(folder))
+
+
+@st.cache_data(max_entries=8, show_spinner="Finding images …")
+def _examples(at: str, root: str, source: str) -> list[str]:
+    del at
+    table = Results(Path(root)).source(source)
+    return table.ids(limit=200) if table else []
+
+
+def loaded(label: str) -> ChatModel:
+    """The model of a checkpoint; loaded anew when the checkpoint has changed."""
+    folder = results().checkpoints()[label]
+    return _model(str(folder), (folder / "metadata.json").stat().st_mtime_ns)
+
+
+def _image() -> tuple[bytes, str] | None:
+    """The image to talk about: an uploaded one, or one of the workspace."""
+    origin = st.segmented_control(
+        "Image", ["From the workspace", "Upload"], default="From the workspace", required=True, key="origin"
+    )
+    if origin == "Upload":
+        file = st.file_uploader("An image, without patient names on it", type=KINDS, key="upload")
+        # It stays in memory: nothing that was uploaded is ever written to the disk by its own name.
+        return (file.getvalue(), file.name) if file else None
+    reader = results()
+    names = [source.name for source in reader.sources() if source.kind in ("items", "figures")]
+    if not names:
+        st.caption("The workspace has no images yet.")
+        return None
+    name = st.selectbox("Of", names, index=len(names) - 1, key="example-source")
+    example = st.selectbox("Which", _examples(stamp(), str(reader.workspace.root), name), key=f"example-{name}")
+    source = reader.source(name)
+    row = source.by_id([example]).get(example) if source and example else None
+    return (row["image"]["bytes"], str(row["image"]["path"])) if row else None
+
+
+def _sampling() -> Sampling:
+    from medvlm.serving.chat import Sampling
+
+    with st.expander("Sampling"):
+        temperature = st.slider("Temperature", 0.0, 1.5, 0.0, 0.1, key="temperature", help="0 takes the likeliest word")
+        top_p = st.slider("Top p", 0.1, 1.0, 1.0, 0.05, key="top-p", disabled=temperature == 0)
+        tokens = st.slider("Longest answer, tokens", 8, 512, 128, 8, key="tokens")
+        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="seed", disabled=temperature == 0)
+    return Sampling(temperature, top_p, tokens, int(seed))
+
+
+def _conversation(image: tuple[bytes, str], models: tuple[str, ...]) -> Conversation:
+    """The one that is going on; another image or other models begin a new one."""
+    current: Conversation | None = st.session_state.get("conversation")
+    if current is None or (current.image, current.models) != (image[0], models):
+        current = Conversation(image[0], image[1], models)
+        st.session_state["conversation"] = current
+    return current
+
+
+def _answer(
+    talk: Conversation, number: int, sampling: Sampling, places: Sequence[st.delta_generator.DeltaGenerator]
+) -> None:
+    """Let each model answer, word by word. A press of Stop ends the script here; what was said stays."""
+    for model, place in enumerate(places):
+        if model < len(talk.answers[number]):
+            continue
+        with place, st.spinner("Thinking …"):
+            chat = loaded(talk.models[model])
+            stop = threading.Event()
+            stream = chat.stream(talk.image, talk.turns(model), sampling, stop=stop)
+        talk.answers[number].append("")
+        line = place.empty()
+        try:
+            for piece in stream:
+                talk.answers[number][model] += piece
+                line.text(talk.answers[number][model])
+        finally:
+            stop.set()
+            stream.close()
+        line.empty()
+
+
+def _prefer(talk: Conversation, number: int, chosen: str, rejected: str, said: str) -> None:
+    from medvlm.serving.chat import preference_pair
+
+    try:
+        pair = preference_pair(talk.image, talk.name, talk.questions[number], chosen, rejected)
+        save_preference(results().workspace, pair)
+    except MedVLMError as error:
+        st.session_state["chat-refused"] = error
+        return
+    talk.judged[number] = said
+    st.toast("Saved for the next preference dataset")
+
+
+def _correct(talk: Conversation, number: int, rejected: str) -> None:
+    better = str(st.session_state.get(f"better-{number}", ""))
+    _prefer(talk, number, better, rejected, "You wrote a better answer; it was saved.")
+
+
+def _judge(talk: Conversation, number: int) -> None:
+    """Which answer is better, or a better one still."""
+    given = talk.answers[number]
+    if number in talk.judged:
+        st.caption(talk.judged[number])
+        return
+    with st.container(horizontal=True):
+        if len(given) == 2 and given[0].strip() != given[1].strip():
+            for mine, other in ((0, 1), (1, 0)):
+                st.button(
+                    f"{'Left' if mine == 0 else 'Right'} is better",
+                    key=f"thumb-{number}-{mine}",
+                    on_click=_prefer,
+                    args=(talk, number, given[mine], given[other], f"You preferred: {escaped(talk.models[mine])}"),
+                )
+        with st.popover("Write a better answer"):
+            st.text_area("Better answer", key=f"better-{number}")
+            for model, text in enumerate(given):
+                label = "Save" if len(given) == 1 else f"Save as better than {'left' if model == 0 else 'right'}"
+                st.button(label, key=f"save-{number}-{model}", on_click=_correct, args=(talk, number, text))
+
+
+def _history(talk: Conversation, sampling: Sampling) -> None:
+    for number, question in enumerate(talk.questions):
+        with st.container(border=True):
+            with st.container(gap="xxsmall"):
+                st.caption("You")
+                foreign_text(question)
+            columns = [column.container(gap="xxsmall") for column in st.columns(len(talk.models))]
+            for column, label in zip(columns, talk.models, strict=True):
+                column.caption(escaped(label))
+            if len(talk.answers[number]) < len(talk.models):
+                stopper = st.empty()
+                stopper.button("Stop", key=f"stop-{number}", on_click=_stopped, args=(talk, number))
+                _answer(talk, number, sampling, columns)
+                stopper.empty()
+                st.rerun()
+            for column, text in zip(columns, talk.answers[number], strict=True):
+                with column:
+                    foreign_text(text or "(nothing)")
+            _judge(talk, number)
+
+
+def _stopped(talk: Conversation, number: int) -> None:
+    """What has been said is the answer; a model that had not begun said nothing."""
+    talk.answers[number] += [""] * (len(talk.models) - len(talk.answers[number]))
+
+
+def body() -> None:
+    """Settings on the left, the conversation on the right."""
+    checkpoints = list(results().checkpoints())
+    if not checkpoints:
+        empty("There is no checkpoint to talk to yet.")
+        return
+    left, right = st.columns([2, 5], gap="large")
+    with left:
+        first = st.selectbox("Checkpoint", checkpoints, key="first-model")
+        second = st.selectbox("Beside it", [NONE, *(c for c in checkpoints if c != first)], key="second-model")
+        image = _image()
+        sampling = _sampling()
+        if st.button("New conversation", width="stretch"):
+            st.session_state.pop("conversation", None)
+    with right:
+        if image is None:
+            st.info("Choose or upload an image to begin.")
+            return
+        talk = _conversation(image, (first,) if second == NONE else (first, second))
+        picture(talk.image, max_px=640, alt=talk.name, width=360)
+        said = st.container()
+        question = st.chat_input("Ask about this image", max_chars=4000)
+        if question:
+            talk.questions.append(question)
+            talk.answers.append([])
+        with said:
+            refused = st.session_state.pop("chat-refused", None)
+            if refused:
+                st.error(f"**{escaped(refused.what)}** Next: {escaped(refused.hint)}.")
+            try:
+                _history(talk, sampling)
+            except InputError:
+                # The question could not be asked: it does not stay in the conversation.
+                talk.questions.pop()
+                talk.answers.pop()
+                raise
+
+
+show("Chat", "Talk to a checkpoint about an image. What you prefer becomes training data for the next model.", body)
