@@ -11,10 +11,11 @@ from medvlm.cli import print_json
 
 @click.command()
 @click.option("--all", "everything", is_flag=True, help="Also earlier stages and every published row.")
+@click.option("--runs", is_flag=True, help="Also the 192 runs that LLaVA-Med's notebook prints; implies --all.")
 @click.option("--write", is_flag=True, help="Also write rows.json and report.json into the workspace.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON list.")
 @click.pass_obj
-def leaderboard(workspace: str, everything: bool, write: bool, as_json: bool) -> None:
+def leaderboard(workspace: str, everything: bool, runs: bool, write: bool, as_json: bool) -> None:
     """Show the workspace's scores beside the published ones.
 
     \b
@@ -35,8 +36,8 @@ def leaderboard(workspace: str, everything: bool, write: bool, as_json: bool) ->
     place = Workspace(Path(workspace))
     if write:
         write_leaderboard(place)
-    rows = leaderboard_rows(place)
+    rows = leaderboard_rows(place, runs=runs)
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
-        print_leaderboard(rows, everything=everything)
+        print_leaderboard(rows, everything=everything or runs)

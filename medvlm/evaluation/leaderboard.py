@@ -11,7 +11,7 @@ from typing import Literal
 
 from medvlm.config import load_recipe, recipe_names
 from medvlm.evaluation.accepted import read_scores
-from medvlm.evaluation.published import PublishedScore, published_scores
+from medvlm.evaluation.published import PublishedScore, notebook_scores, published_scores
 from medvlm.evaluation.score_step import REPORTED, stage_order
 from medvlm.records import AnswerType
 from medvlm.store import Report, Workspace, fingerprint, read_report, write_json, write_report
@@ -51,14 +51,18 @@ class LeaderboardRow:
     """Whether the table shows it unasked."""
 
 
-def leaderboard_rows(workspace: Workspace) -> list[LeaderboardRow]:
+def leaderboard_rows(workspace: Workspace, *, runs: bool = False) -> list[LeaderboardRow]:
     """Every score of the workspace and every published one, ours first, by benchmark.
+
+    Args:
+        workspace: Need not exist.
+        runs: Also the 192 runs of LLaVA-Med's notebook, with other epochs, data and models.
 
     Raises:
         WorkspaceError: A score file is damaged.
     """
     ours = [row for folder in _score_folders(workspace) for row in _our_rows(folder)]
-    theirs = [_published_row(score) for score in published_scores()]
+    theirs = [_published_row(score) for score in (*published_scores(), *(notebook_scores() if runs else ()))]
     return ours + sorted(theirs, key=lambda row: row.benchmark)
 
 

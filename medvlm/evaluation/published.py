@@ -12,7 +12,7 @@ from typing import Any
 from medvlm.evaluation.score import OFFICIAL_TEST_SIZES
 from medvlm.records import AnswerType
 
-__all__ = ["PublishedScore", "chat_table", "notebook_runs", "published_scores"]
+__all__ = ["PublishedScore", "chat_table", "notebook_runs", "notebook_scores", "published_scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,44 @@ def notebook_runs() -> dict[str, Any]:
     ``runs`` holds one object a run; ``open`` has a value for each of ``open_rules``.
     """
     return _files("runs")[0]
+
+
+_TRAIN_SPLITS = {
+    "data_RAD": "data_RAD: 3,064 questions, not the official 1,797",
+    "vqa_rad": "official: 1,797",
+    "Slake1.0": "official: 4,919",
+    "pvqa": "official: 19,755",
+}
+
+
+def notebook_scores() -> Iterator[PublishedScore]:
+    """The 192 runs of LLaVA-Med's notebook as scores; a run's path is its model."""
+    document = notebook_runs()
+    for run in document["runs"]:
+        closed = document["closed_rule_with_options" if run["options"] else "closed_rule"]
+        values: list[tuple[AnswerType, str, float]] = [
+            *(("open", rule, value) for rule, value in zip(document["open_rules"], run["open"], strict=True)),
+            ("closed", closed, run["closed"]),
+        ]
+        tuned = run["train_set"] is not None
+        sizes = OFFICIAL_TEST_SIZES[run["benchmark"]]
+        for answer_type, rule, value in values:
+            yield PublishedScore(
+                model=run["run"],
+                training="fine-tuned" if tuned else "zero-shot",
+                epochs=run["epochs"],
+                train_split=_TRAIN_SPLITS[run["train_set"]] if tuned else "none",
+                benchmark=run["benchmark"],
+                answer_type=answer_type,
+                rule=rule,
+                value=value,
+                n=sizes[answer_type == "closed"],
+                source=document["source"],
+                url=document["url"],
+                note="answer options in the prompt; the closed denominator shrank" if run["options"] else "",
+                second_hand=False,
+                headline=False,
+            )
 
 
 def chat_table() -> dict[str, Any]:

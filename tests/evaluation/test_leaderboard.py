@@ -77,6 +77,16 @@ def test_the_published_runs_are_those_of_the_notebook(real_data: Path) -> None:
     assert [run["open"][3] for run in runs] == [row["recall"] for row in rows]
 
 
+def test_the_runs_come_only_when_asked_for(tmp_path: Path) -> None:
+    few, many = leaderboard_rows(Workspace(tmp_path)), leaderboard_rows(Workspace(tmp_path), runs=True)
+    assert len(many) - len(few) == 192 * 6
+    inflated = [row for row in many if "shrank" in row.note]
+    assert {row.rule for row in inflated if row.answer_type == "closed"} == {"llava_med_pre35"}
+    result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "leaderboard", "--runs"])
+    assert result.exit_code == 0
+    assert "every run it prints" in result.stdout
+
+
 def test_the_chat_table_adds_up() -> None:
     table = chat_table()
     assert table["counts"] == [143, 50, 37, 38, 44, 34, 40, 193]

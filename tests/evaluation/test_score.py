@@ -17,10 +17,19 @@ from hypothesis import strategies as st
 from vqa_factory import make_item, make_prediction
 
 from medvlm.cli import cli
+from medvlm.data.benchmarks import read_benchmark
 from medvlm.errors import InputError, PredictionMismatch, WorkspaceError
 from medvlm.evaluation.answers import join_answers, read_predictions
 from medvlm.evaluation.bootstrap import Resamples, interval
-from medvlm.evaluation.score import score_files, score_rows, summary, tabulate
+from medvlm.evaluation.score import (
+    OFFICIAL_TEST_SIZES,
+    is_official,
+    items_of_split,
+    score_files,
+    score_rows,
+    summary,
+    tabulate,
+)
 from medvlm.evaluation.score_step import score_recipe
 from medvlm.records import Prediction, Score, VQAItem, WrongAnswer, from_row
 from medvlm.store import Workspace, read_report, write_records
@@ -113,6 +122,31 @@ def test_missing_answers_are_listed_or_wrong(vqa_rad: Path, zero_shot: Path, tmp
     arguments = ["score", "--benchmark", "vqa-rad", "--items", str(vqa_rad), "--predictions", str(short)]
     printed = CliRunner().invoke(cli, [*arguments, "--missing", "wrong"]).stdout
     assert all(line in printed for line in ("missing: 3 ids", "repeated: 1 ids", "unknown: 1 ids"))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "folder", "sizes"),
+    [
+        ("vqa-rad", "vqa-rad", (179, 272)),
+        ("slake", "slake", (645, 416)),
+        ("slake-zh", "slake", (613, 420)),
+        ("pathvqa", "pathvqa", (3370, 3391)),
+    ],
+)
+def test_the_right_answers_are_right_under_every_clean_rule(
+    real_data: Path, benchmark: str, folder: str, sizes: tuple[int, int]
+) -> None:
+    items = items_of_split(read_benchmark(benchmark, real_data / folder, images=False), where=folder)
+    table = tabulate(join_answers(items, [make_prediction(item, item.answer) for item in items], where="gold"))
+    clean = [("closed", "whole_word"), ("closed", "exact_match"), ("open", "exact_match"), ("open", "token.f1")]
+    clean += [("open", "bleu_1"), ("open", "rouge_l"), ("open", "lmms_eval.exact_match")]
+    for answer_type, rule in clean:
+        values = table.column("closed" if answer_type == "closed" else "open", rule)
+        counted = values[~np.isnan(values)]
+        assert len(counted) == sizes[answer_type == "closed"]
+        assert counted.min() == pytest.approx(1), (benchmark, answer_type, rule)
+    assert OFFICIAL_TEST_SIZES[benchmark] == sizes
+    assert is_official(benchmark, items)
 
 
 # ── Reading ─────────────────────────────────────────────────────────────────────────────────────
