@@ -244,7 +244,9 @@ def _card(row: dict, source: Source) -> None:
 def _distributions(source: Source, at: str, root: str) -> None:
     st.subheader("Distributions", anchor=False)
     lengths = _lengths(at, root, source.name)
-    tables = [(column, _facet(at, root, source.name, column)) for column in source.facets]
+    # Modality and licence first: what a mix is judged by.
+    columns = sorted(source.facets, key=lambda column: column not in ("modality", "licence"))
+    tables = [(column, _facet(at, root, source.name, column)) for column in columns]
     shown = [(column, table) for column, table in tables if len(table) > 1][:2]
     for cell, (column, table) in zip(st.columns(3, gap="large"), [*shown, ("length", lengths)], strict=False):
         with cell:

@@ -12,6 +12,7 @@ from workspace_builder import HOSTILE, build_workspace
 
 from dashboards.frame import count, escaped
 from medvlm import RESEARCH_USE_ONLY
+from medvlm.data.benchmarks import build_benchmark
 from medvlm.store import Workspace
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
@@ -115,6 +116,21 @@ def test_pictures_are_searched_filtered_and_paged(built_workspace: Path, monkeyp
     page.multiselect(key="figures-licence").select("CC0").run()  # 14 rows: page 4 is no more
     assert not page.exception
     assert 1 <= sum("Axial view" in text.value for text in page.text) <= 12
+
+
+def test_real_questions_and_images_are_browsed(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_benchmark(Workspace(tmp_path), "vqa-rad", real_data / "vqa-rad")
+    page = open_page("data", tmp_path, monkeypatch, section="Pictures")
+    assert any("2,248 rows" in caption.value for caption in page.caption)
+    assert not page.warning  # every picture on the page decodes
+    page.text_input(key="search").set_value("aortic ANEURYSM").run()
+    said = [text.value for text in page.text]
+    assert said
+    assert all("aortic aneurysm" in question.lower() for question in said[::2])
+    page.multiselect(key="benchmark/vqa-rad-split").select("test").run()
+    assert 0 < len(page.text) < len(said)
 
 
 def test_leakage_shows_pairs_side_by_side_by_the_way_they_are_alike(
