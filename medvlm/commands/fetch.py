@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +84,43 @@ def fetch(
     from medvlm.data.objects import StoreLimits
 
     workspace = Workspace(Path(obj))
-    report = fetch_figures(
-        urls,
-        store,
-        out or workspace.figures,
-        scratch=None if out else workspace.scratch("fetch"),
-        settings=FetchSettings(policy=policy, max_side_px=max_side, captions=captions),
-        limits=StoreLimits(concurrency=concurrency, requests_per_s=rate, timeout_s=timeout, attempts=attempts),
-        part=_part(shard),
-        fresh=fresh,
-    )
+    with progress_bar() as listen:
+        report = fetch_figures(
+            urls,
+            store,
+            out or workspace.figures,
+            scratch=None if out else workspace.scratch("fetch"),
+            settings=FetchSettings(policy=policy, max_side_px=max_side, captions=captions),
+            limits=StoreLimits(concurrency=concurrency, requests_per_s=rate, timeout_s=timeout, attempts=attempts),
+            part=_part(shard),
+            fresh=fresh,
+            listen=listen,
+        )
     if as_json:
         print_json(_summary(report))
     else:
         _print(report, out or workspace.figures)
+
+
+@contextmanager
+def progress_bar() -> Generator[Callable[[Mapping[str, Any]], None]]:
+    """A listener for a step's progress events; it draws a bar where standard error is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from medvlm.progress import report_progress
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def listen(event: Mapping[str, Any]) -> None:
+            report_progress(event)
+            counts = ", ".join(f"{count:,} {status}" for status, count in sorted(event["by_status"].items()))
+            bar.update(task, total=event["total"], completed=event["done"], description=counts)
+
+        yield listen
 
 
 def _part(shard: str | None) -> tuple[int, int]:

@@ -8,6 +8,8 @@ in the order of the list.
 from __future__ import annotations
 
 import bisect
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -123,11 +125,6 @@ class Blocks:
         """Blocks whose rows are all there but whose files are not yet written."""
         return [block for block in self.numbers if not self.left[block] and not self._outcome_path(block).exists()]
 
-    def missing(self) -> list[int]:
-        """Blocks of the whole list that have no files yet."""
-        blocks = range(-(-len(self.rows) // self.block_rows))
-        return [block for block in blocks if not self._outcome_path(block).exists()]
-
     def _ordinals(self, block: int) -> slice:
         return slice(block * self.block_rows, min((block + 1) * self.block_rows, len(self.rows)))
 
@@ -153,6 +150,9 @@ class Blocks:
             ) from error
 
     def _finish(self, block: int) -> None:
+        if self.earlier is not None and self.kept[self._ordinals(block)].all():
+            self._link(block, self.earlier)
+            return
         journal = self._journal(block)
         entries: dict[int, tuple[dict[str, Any], Entry]] = {}
         if journal.path.exists():
@@ -165,6 +165,19 @@ class Blocks:
             schema = schema_of(FetchOutcome)
             pq.write_table(pa.Table.from_pylist(outcomes, schema=schema), temporary, compression="zstd")
         journal.path.unlink(missing_ok=True)
+
+    def _link(self, block: int, earlier: Path) -> None:
+        """Take over the files of a block in which nothing has changed, without copying where that is possible."""
+        for old in (
+            *sorted((earlier / "shards").glob(f"part-{block:05d}-*.parquet")),
+            self._outcome_path(block, earlier),
+        ):
+            new = self.folder / old.parent.name / old.name
+            new.unlink(missing_ok=True)
+            try:
+                os.link(old, new)
+            except OSError:
+                shutil.copyfile(old, new)
 
     def _earlier_outcomes(self, block: int) -> dict[int, dict[str, Any]]:
         if self.earlier is None or not self.kept[self._ordinals(block)].any():
