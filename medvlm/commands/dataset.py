@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -58,6 +59,8 @@ def dataset() -> None:
     show_default=True,
     help="preference: of the model's answers.",
 )
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="preference: an answer.")
+@click.option("--limit", type=click.IntRange(1), help="preference: as many images, the first ones.")
 @JSON_OPTION
 @click.pass_obj
 def build(
@@ -74,6 +77,8 @@ def build(
     ask: Literal["model", "dataset"],
     questions: int,
     temperature: float,
+    max_tokens: int,
+    limit: int | None,
     as_json: bool,
 ) -> None:
     """Build the training dataset NAME from the fetched figures.
@@ -104,7 +109,12 @@ def build(
         report = build_alignment(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
     elif name == "preference":
         report = _build_preference(
-            workspace, official, checkpoint, client, Asking(about, ask, questions, temperature, seed), keep_leaked
+            workspace,
+            official,
+            checkpoint,
+            client,
+            Asking(about, ask, questions, temperature, max_tokens, limit, seed),
+            keep_leaked,
         )
     else:
         from medvlm.data.instruct import build_instruct
@@ -124,6 +134,8 @@ class Asking:
     ask: Literal["model", "dataset"]
     questions: int
     temperature: float
+    max_tokens: int
+    limit: int | None
     seed: int
 
 
@@ -156,9 +168,10 @@ def _build_preference(
     asking: Asking,
     keep_leaked: bool,
 ) -> Report:
-    from medvlm.data.conversations import decisions
+    from medvlm.data.conversations import count_rows, decisions
     from medvlm.data.judges import EndpointJudge, OverlapJudge
     from medvlm.data.preference import build_preference, join_preferences, self_preferences
+    from medvlm.data.watched import watched
     from medvlm.records import Sample
 
     if (official is None) == (checkpoint is None):
@@ -168,9 +181,12 @@ def _build_preference(
         return build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
     assert checkpoint is not None
     with access.opened(workspace) if access else nullcontext() as client:
+        folder = workspace.samples(asking.about)
+        total = min(count_rows(folder), asking.limit or count_rows(folder))
+        samples = itertools.islice(iterate_records(folder, Sample), total)
         rows = self_preferences(
-            iterate_records(workspace.samples(asking.about), Sample),
-            _answering(checkpoint, asking.temperature),
+            watched(samples, total, "images"),
+            _answering(checkpoint, asking.temperature, asking.max_tokens),
             EndpointJudge(client) if client else OverlapJudge(),
             questions=asking.questions,
             ask=asking.ask,
@@ -179,7 +195,9 @@ def _build_preference(
         return build_preference(workspace, rows, seed=asking.seed, keep_leaked=keep_leaked)
 
 
-def _answering(checkpoint: Path, temperature: float) -> Callable[[Sequence[GenerationRequest]], list[str]]:
+def _answering(
+    checkpoint: Path, temperature: float, max_tokens: int
+) -> Callable[[Sequence[GenerationRequest]], list[str]]:
     """The checkpoint as the function that preference building asks."""
     from medvlm.records import Turn
     from medvlm.serving.chat import ChatModel, Sampling
@@ -190,7 +208,9 @@ def _answering(checkpoint: Path, temperature: float) -> Callable[[Sequence[Gener
         return [
             "".join(
                 model.stream(
-                    request.image, [Turn("user", request.prompt)], Sampling(temperature=temperature, seed=request.seed)
+                    request.image,
+                    [Turn("user", request.prompt)],
+                    Sampling(temperature, max_new_tokens=max_tokens, seed=request.seed),
                 )
             )
             for request in requests

@@ -23,6 +23,7 @@ from medvlm.data.readers.slake import SPLIT_OF_FILE, read_slake
 from medvlm.data.readers.source import Dropped
 from medvlm.data.readers.vqa_rad import IMAGE_FOLDER, PUBLIC_FILE, read_vqa_rad
 from medvlm.data.tally import Tally
+from medvlm.data.watched import watched
 from medvlm.errors import InputError
 from medvlm.records import Image, Sample, Turn, VQAItem
 from medvlm.store import Report, Workspace, fingerprint, shard_paths, write_records, write_report
@@ -222,7 +223,8 @@ def _items(benchmark: Benchmark, path: Path, tally: Tally, *, images: bool, tole
     rows = itertools.chain([first], rows)
     folder = benchmark.images(path)
     if not first.image.bytes:
-        rows = iter(_grouped_by_image(rows))
+        grouped = _grouped_by_image(rows)
+        rows = watched(grouped, len(grouped), "questions") if images else iter(grouped)
     for item in tally.sift(_with_images(rows, folder)) if images else map(_without_image, rows):
         tally.keep_item(item)
         yield item

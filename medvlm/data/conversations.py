@@ -22,6 +22,7 @@ from medvlm.data.readers.chimed import read_chimed
 from medvlm.data.readers.llava_med import Conversation
 from medvlm.data.readers.source import Dropped
 from medvlm.data.tally import Tally
+from medvlm.data.watched import watched
 from medvlm.errors import InputError
 from medvlm.records import Figure, PreferencePair, Sample, Turn
 from medvlm.review import Journal, Verdict, obey, verdicts
@@ -37,7 +38,7 @@ from medvlm.store import (
 )
 
 __all__ = [
-    "count_figures",
+    "count_rows",
     "decisions",
     "figures_are_synthetic",
     "joined_samples",
@@ -69,7 +70,7 @@ def usable_figures(folder: Path, decided: Mapping[str, Verdict] | None = None) -
         WorkspaceError: Nothing has been fetched, or a shard is damaged.
     """
     seen: set[str] = set()
-    for figure in iterate_records(folder, Figure):
+    for figure in watched(iterate_records(folder, Figure), count_rows(folder), "figures"):
         if figure.retracted:
             yield Dropped(figure.pmcid, "retracted", figure.figure_id)
         elif figure.figure_id in seen:
@@ -153,8 +154,8 @@ def joined_samples(
             )
 
 
-def count_figures(folder: Path) -> int:
-    """Rows of the figures' shards, retracted and repeated ones included; nothing is decoded."""
+def count_rows(folder: Path) -> int:
+    """Rows of a folder of shards; nothing is decoded."""
     return sum(pq.read_metadata(path).num_rows for path in shard_paths(folder))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from medvlm.data.conversations import (
-    count_figures,
     decisions,
     joined_samples,
     prompt_text,
@@ -23,7 +22,6 @@ from medvlm.data.official import official_state
 from medvlm.data.offline_instruct import offline_turns
 from medvlm.data.readers.source import Dropped
 from medvlm.data.self_instruct import ask_in_order, written_turns
-from medvlm.progress import report_progress
 from medvlm.records import Figure, Sample
 from medvlm.store import Report, Workspace
 
@@ -75,7 +73,7 @@ def build_instruct(
         return write_dataset(
             workspace,
             "instruct",
-            _generated(figures_wanted, client, seed, total=count_figures(folder)),
+            _generated(figures_wanted, client, seed),
             started=started,
             details={"prompt_sha256": prompt_sha256, "model": client.endpoint.model},
             seed=seed,
@@ -88,9 +86,7 @@ def build_instruct(
     return write_dataset(workspace, "instruct", rows, started=started, details={}, seed=seed, keep_leaked=keep_leaked)
 
 
-def _generated(
-    figures: Iterable[Figure | Dropped], client: ChatClient, seed: int, *, total: int
-) -> Iterator[Sample | Dropped]:
+def _generated(figures: Iterable[Figure | Dropped], client: ChatClient, seed: int) -> Iterator[Sample | Dropped]:
     """Samples in the figures' order; each answer is on disk before the next step, so a stopped run goes on."""
     source = f"generated:{client.endpoint.model}"
 
@@ -98,6 +94,4 @@ def _generated(
         turns = figure if isinstance(figure, Dropped) else written_turns(client, figure, seed)
         return sample_or_drop(figure, turns, dataset="instruct", source=source)
 
-    for done, row in enumerate(ask_in_order(write, figures, client.settings.concurrency), start=1):
-        report_progress({"done": done, "total": total, "tokens": client.budget.spent})
-        yield row
+    yield from ask_in_order(write, figures, client.settings.concurrency)

@@ -20,7 +20,6 @@ from medvlm.data.readers.source import Dropped
 from medvlm.data.readers.stllava_dpo import PreferenceText, read_preferences
 from medvlm.data.tally import Tally
 from medvlm.errors import InputError
-from medvlm.progress import report_progress
 from medvlm.records import PreferencePair, Sample
 from medvlm.review import Verdict as ReviewVerdict
 from medvlm.store import (
@@ -183,7 +182,6 @@ def self_preferences(
         Pairs; and ``question_malformed``, ``question_repeated``, ``answer_empty``, ``answers_equal``, ``tie`` or the
         judge's own reason for each question that gave none.
     """
-    done = 0
     for batch in _batches(samples, BATCH):
         if ask == "dataset":
             rows = [asked for sample in batch for asked in _dataset_questions(sample)[:questions]]
@@ -198,8 +196,6 @@ def self_preferences(
             else:
                 usable.append(row)
         yield from _answered(usable, generate, judge, seed)
-        done += len(batch)
-        report_progress({"done": done})
 
 
 def _dataset_questions(sample: Sample) -> list[_Asked]:

@@ -143,20 +143,32 @@ def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
 ) -> None:
     alignment_samples(tmp_path, 3)
     texts = itertools.cycle(["A nodule in the lung.", "A cat."])
-    made: list[tuple[Path, float]] = []
+    made: list[tuple[Path, float, int]] = []
 
-    def answering(checkpoint: Path, temperature: float) -> Any:
-        made.append((checkpoint, temperature))
+    def answering(checkpoint: Path, temperature: float, max_tokens: int) -> Any:
+        made.append((checkpoint, temperature, max_tokens))
         return lambda requests: [next(texts) for _ in requests]
 
     monkeypatch.setattr("medvlm.commands.dataset._answering", answering)
     command = ["--workspace", str(tmp_path), "dataset", "build", "preference"]
     for wrong in ([], ["--official", "a.json", "--checkpoint", "b"]):
         assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
-    options = ["--checkpoint", "c", "--about", "alignment", "--ask", "dataset", "--temperature", "0.5", "--json"]
+    options = [
+        "--checkpoint",
+        "c",
+        "--about",
+        "alignment",
+        "--ask",
+        "dataset",
+        "--temperature",
+        "0.5",
+        "--limit",
+        "2",
+        "--json",
+    ]
     report = json.loads(CliRunner().invoke(cli, [*command, *options]).stdout)
-    assert report["counts"]["pairs"] == 3
-    assert made == [(Path("c"), 0.5)]
+    assert report["counts"]["pairs"] == 2
+    assert made == [(Path("c"), 0.5, 128)]
 
 
 def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path: Path) -> None:
