@@ -22,6 +22,7 @@ from medvlm.data.tally import Tally
 from medvlm.errors import InputError
 from medvlm.records import PreferencePair, Sample
 from medvlm.review import Verdict as ReviewVerdict
+from medvlm.review import saved_preferences
 from medvlm.store import (
     Report,
     Workspace,
@@ -67,6 +68,8 @@ def build_preference(
 ) -> Report:
     """Write preference pairs and their report; ties, equal answers and misses are counted.
 
+    What people preferred in the chat of this workspace comes after the rows.
+
     Args:
         workspace: Gets ``samples("preference")`` and its report.
         rows: Of ``join_preferences`` or ``self_preferences``.
@@ -81,7 +84,8 @@ def build_preference(
     tally = Tally()
 
     def counted() -> Iterator[PreferencePair]:
-        for pair in tally.sift(rows if keep_leaked else without_leaked(workspace, rows)):
+        every = itertools.chain(rows, saved_preferences(workspace))
+        for pair in tally.sift(every if keep_leaked else without_leaked(workspace, every)):
             tally.keep(source=pair.source)
             yield pair
         if not tally.kept:

@@ -20,11 +20,18 @@ from medvlm.cli import cli
 from medvlm.data.alignment import build_alignment
 from medvlm.data.endpoint import ChatClient, Endpoint
 from medvlm.data.judges import EndpointJudge, OverlapJudge, word_f1
-from medvlm.data.preference import GenerationRequest, build_preference, clean_question, self_preferences
+from medvlm.data.preference import (
+    GenerationRequest,
+    build_preference,
+    clean_question,
+    join_preferences,
+    self_preferences,
+)
 from medvlm.data.readers.source import Dropped
 from medvlm.data.response_cache import ResponseCache
 from medvlm.errors import InputError
 from medvlm.records import PreferencePair, Sample, Turn
+from medvlm.review import save_preference
 from medvlm.store import Workspace, read_records, shard_paths
 
 
@@ -136,6 +143,17 @@ def test_questions_of_the_dataset_are_asked_where_the_model_cannot_ask(tmp_path:
     assert [(pair.pair_id, pair.question, pair.chosen) for pair in pairs][-1] == ("10_F0-q2", "Which side?", "left")
     assert pairs[0].question == sample.turns[0].text.replace("<image>", "").strip()
     assert len(model.calls) == 1
+
+
+def test_what_people_preferred_in_the_chat_is_added(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, figure(1))
+    (pair,) = (row for row in join_preferences(
+        workspace.figure_shards, published(tmp_path / "dpo.json", ("10_F1.jpg", "A", "B"))
+    ) if isinstance(row, PreferencePair))  # fmt: skip
+    save_preference(workspace, dataclasses.replace(pair, pair_id="chat-1", source="chat"))
+    report = build_preference(workspace, [pair])
+    assert report.details["by"]["source"] == {"chat": 1, "official": 1}
+    assert [row.pair_id for row in read_records(workspace.samples("preference"), PreferencePair)] == ["10_F1", "chat-1"]
 
 
 def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
