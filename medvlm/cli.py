@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recheck": ("medvlm.commands.recheck:recheck", "Look for retractions and licence changes since the fetch."),
     "dataset": ("medvlm.commands.dataset:dataset", "Build and describe training datasets and benchmarks."),
     "leakage": ("medvlm.commands.leakage:leakage", "Find benchmark images and questions that are in a training set."),
+    "privacy": ("medvlm.commands.privacy:privacy", "Flag burned-in text for review; de-identify DICOM files."),
     "recipe": ("medvlm.commands.recipe:recipe", "List, show and check recipes."),
     "train": ("medvlm.commands.train:train", "Train one stage of a recipe as a DeepSpeed job."),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),

@@ -103,6 +103,16 @@ class Workspace:
         """Shards of ``LeakedItem`` records."""
         return self.leakage / "items"
 
+    @property
+    def privacy(self) -> Path:
+        """Step folder of the look for burned-in text: ``flags/`` and ``report.json``."""
+        return self.root / "privacy"
+
+    @property
+    def privacy_flags(self) -> Path:
+        """Shards of ``PrivacyFlag`` records."""
+        return self.privacy / "flags"
+
     def contract(self, name: str) -> Path:
         """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``."""
         return self.root / "contracts" / name
