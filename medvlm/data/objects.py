@@ -150,6 +150,11 @@ class FolderStore:
             raise StoreError(
                 "the store is not a folder", where=str(self.root), hint="give a folder, http(s)://… or s3://bucket"
             )
+        inner = next(self.root.glob("*/metadata"), None)
+        if inner is not None and not (self.root / "metadata").is_dir():
+            raise StoreError(
+                "the bucket lies one folder deeper", where=str(self.root), hint=f"give --store {inner.parent}"
+            )
 
     async def page(self, prefix: str, *, after: str = "", limit: int = 1000) -> Page:
         """Objects by key; the folder ``metadata/`` is read once, others each time."""

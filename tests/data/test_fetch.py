@@ -145,9 +145,14 @@ def test_an_unreachable_store_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_store_that_is_no_pmc_bucket_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for store in (tmp_path / "empty", tmp_path / "missing"):
-        with pytest.raises(StoreError):
-            fetch_figures(write_list(tmp_path, [ROW]), str(store), tmp_path / "out")
+    (tmp_path / "outer" / "pmc-oa-opendata" / "metadata").mkdir(parents=True)
+    for store, hint in (
+        ("empty", "root of a bucket"),
+        ("missing", "give a folder"),
+        ("outer", "outer/pmc-oa-opendata"),
+    ):
+        with pytest.raises(StoreError, match=hint):
+            fetch_figures(write_list(tmp_path, [ROW]), str(tmp_path / store), tmp_path / "out")
     with pytest.raises(StoreError, match="ftp"):
         fetch_figures(write_list(tmp_path, [ROW]), "ftp://ftp.ncbi.nlm.nih.gov", tmp_path / "out")
 
