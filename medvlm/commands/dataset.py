@@ -33,9 +33,10 @@ def dataset() -> None:
 @click.option(
     "--official",
     "--from",
-    "source",
+    "sources",
     type=click.Path(path_type=Path),
-    help="Published JSON, joined to the fetched figures; or a folder of figure shards.",
+    multiple=True,
+    help="Published JSON, joined to the fetched figures; repeat for several. Or a folder of figure shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
 @click.option("--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with.")
@@ -66,7 +67,7 @@ def dataset() -> None:
 def build(
     obj: str,
     name: str,
-    source: Path | None,
+    sources: tuple[Path, ...],
     seed: int,
     keep_leaked: bool,
     endpoint: bool,
@@ -101,7 +102,11 @@ def build(
     from medvlm.data.alignment import build_alignment
 
     workspace = Workspace(Path(obj)).ensure()
-    shards, official = (source, None) if source and source.is_dir() else (None, source)
+    folders = [source for source in sources if source.is_dir()]
+    official = [source for source in sources if not source.is_dir()]
+    if len(folders) > 1 or (folders and official):
+        raise click.UsageError("give one folder of figure shards, or published files, not both")
+    shards = folders[0] if folders else None
     if endpoint and (name == "alignment" or official):
         raise click.UsageError("--endpoint writes instruct conversations or judges answers, not a published file's")
     client = ChatAccess(token_budget, concurrency) if endpoint else None
@@ -162,7 +167,7 @@ class ChatAccess:
 
 def _build_preference(
     workspace: Workspace,
-    official: Path | None,
+    official: list[Path],
     checkpoint: Path | None,
     access: ChatAccess | None,
     asking: Asking,
@@ -174,12 +179,11 @@ def _build_preference(
     from medvlm.data.watched import watched
     from medvlm.records import Sample
 
-    if (official is None) == (checkpoint is None):
-        raise click.UsageError("preference pairs need either --official, the published JSON, or --checkpoint")
-    if official:
-        rows = join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
-        return build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
-    assert checkpoint is not None
+    if len(official) + (checkpoint is not None) != 1:
+        raise click.UsageError("preference pairs need either --official, one published JSON, or --checkpoint")
+    if checkpoint is None:
+        rows = join_preferences(workspace.figure_shards, official[0], decisions(workspace, "figures"))
+        return build_preference(workspace, rows, official=official[0], keep_leaked=keep_leaked)
     with access.opened(workspace) if access else nullcontext() as client:
         folder = workspace.samples(asking.about)
         total = min(count_rows(folder), asking.limit or count_rows(folder))

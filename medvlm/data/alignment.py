@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from medvlm.data.conversations import (
@@ -28,7 +30,7 @@ BRIEF_WORDS = 30
 def build_alignment(
     workspace: Workspace,
     *,
-    official: Path | None = None,
+    official: Path | Sequence[Path] = (),
     figures: Path | None = None,
     seed: int = 0,
     keep_leaked: bool = False,
@@ -37,8 +39,8 @@ def build_alignment(
 
     Args:
         workspace: Gets ``samples("alignment")`` and its report.
-        official: LLaVA-Med's alignment JSON or ChiMed-VL's, joined by ``pair_id``. Without it,
-            captions are the answers.
+        official: LLaVA-Med's alignment JSON or ChiMed-VL's, or several files, joined by ``pair_id``.
+            Without, captions are the answers.
         figures: Shards of figures; the workspace's by default.
         seed: Decides which of our 27 prompts a figure gets.
         keep_leaked: Keep images that a benchmark of this workspace tests with.
@@ -50,14 +52,16 @@ def build_alignment(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     decided = decisions(workspace, "figures")
-    if official:
-        rows = joined_samples(folder, read_official(official), dataset="alignment", decided=decided)
+    files = [official] if isinstance(official, Path) else official
+    if files:
+        texts = itertools.chain.from_iterable(map(read_official, files))
+        rows = joined_samples(folder, texts, dataset="alignment", decided=decided)
         return write_dataset(
             workspace,
             "alignment",
             rows,
             started=started,
-            details={"official": official_state(official)},
+            details={"files": [official_state(file) for file in files]},
             keep_leaked=keep_leaked,
         )
     rows = samples_of_figures(

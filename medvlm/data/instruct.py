@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from medvlm.data.conversations import (
@@ -31,7 +32,7 @@ __all__ = ["build_instruct"]
 def build_instruct(
     workspace: Workspace,
     *,
-    official: Path | None = None,
+    official: Path | Sequence[Path] = (),
     figures: Path | None = None,
     client: ChatClient | None = None,
     seed: int = 0,
@@ -41,8 +42,8 @@ def build_instruct(
 
     Args:
         workspace: Gets ``samples("instruct")`` and its report.
-        official: LLaVA-Med's instruction JSON or ChiMed-VL's, joined by ``pair_id``. Without it, the
-            conversations are written from captions and mentions: by rules, or by ``client``.
+        official: LLaVA-Med's instruction JSON or ChiMed-VL's, or several files, joined by ``pair_id``.
+            Without, the conversations are written from captions and mentions: by rules, or by ``client``.
         figures: Shards of figures; the workspace's by default.
         client: Asks a chat endpoint. Refused and malformed answers are dropped with their reason;
             its cache makes a second run go on where the first one stopped.
@@ -57,14 +58,16 @@ def build_instruct(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     decided = decisions(workspace, "figures")
-    if official:
-        rows = joined_samples(folder, read_official(official), dataset="instruct", decided=decided)
+    files = [official] if isinstance(official, Path) else official
+    if files:
+        texts = itertools.chain.from_iterable(map(read_official, files))
+        rows = joined_samples(folder, texts, dataset="instruct", decided=decided)
         return write_dataset(
             workspace,
             "instruct",
             rows,
             started=started,
-            details={"official": official_state(official)},
+            details={"files": [official_state(file) for file in files]},
             keep_leaked=keep_leaked,
         )
     figures_wanted = usable_figures(folder, decided)

@@ -98,7 +98,7 @@ def build_preference(
 
     write_records(workspace.samples("preference"), PreferencePair, counted())
     details = tally.details() | {"synthetic": figures_are_synthetic(workspace)}
-    details |= {"official": official_state(official)} if official else {}
+    details |= {"files": [official_state(official)]} if official else {}
     report = Report(
         step="build preference",
         counts={"pairs": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")},

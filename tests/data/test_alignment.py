@@ -125,7 +125,7 @@ def test_official_texts_join_by_pair_id_and_misses_are_counted(tmp_path: Path) -
     assert (missed["count"], len(missed["first"])) == (12, 10)
     assert missed["first"][0].startswith("9_F0 ")
     assert report.details["dropped"]["retracted"]["count"] == 1
-    assert report.details["official"]["official"] == "unknown"
+    assert report.details["files"][0]["official"] == "unknown"
 
 
 def test_domain_flags_decide_the_modality_before_the_caption_does(tmp_path: Path) -> None:
@@ -177,6 +177,18 @@ def test_images_that_a_benchmark_tests_with_are_dropped_unless_kept(tmp_path: Pa
     items = list(read_benchmark("pathvqa", release))
     assert len(list(finetune_samples(items))) == 1
     assert not list(finetune_samples(items, without={figure(2).sha256}))
+
+
+def test_several_files_make_one_dataset_of_both_languages(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, figure(1))
+    turns = [{"from": "human", "value": "<image>\n这是什么?"}, {"from": "gpt", "value": "一张胸片。"}]
+    files = [official(tmp_path / "en.json", "10_F1"), official(tmp_path / "zh.json", "10_F1", conversations=turns)]
+    report = build_instruct(workspace, official=files)
+    assert [(one.sample_id, one.language) for one in samples(workspace, "instruct")] == [
+        ("10_F1", "en"),
+        ("10_F1#2", "zh"),
+    ]
+    assert [file["file"] for file in report.details["files"]] == ["en.json", "zh.json"]
 
 
 def test_nothing_in_common_is_an_error_and_the_last_dataset_stays(tmp_path: Path) -> None:
