@@ -41,7 +41,9 @@ class Resamples:
         """
         ids, group_I = np.unique(np.asarray(image_ids, dtype=str), return_inverse=True)
         count = len(ids)
-        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples)
+        if not count:
+            return cls(group_I, np.zeros((resamples, 0)))
+        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
         return cls(group_I, draws.astype(np.float64))
 
     def means(self, value_IR: Floats, mask_I: NDArray[np.bool_] | None = None) -> Floats:

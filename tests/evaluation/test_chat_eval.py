@@ -241,6 +241,17 @@ def test_malformed_reviews_are_counted_and_listed(tmp_path: Path) -> None:
     assert summary["questions"] == 3
 
 
+def test_a_judge_that_never_marks_leaves_an_empty_table(tmp_path: Path) -> None:
+    """As SmolLM2 does behind a real server: it answers the question instead."""
+    reviews = write_lines(tmp_path / "reviews.jsonl", [review_row(n, "The organ is the lung.") for n in range(3)])
+    summary = summarise_reviews(reviews)
+    assert len(summary["malformed"]) == 3
+    assert summary["table"]["overall"] == dict.fromkeys(("reference", "answer", "relative", "low", "high")) | {"n": 0}
+    table = CliRunner().invoke(cli, ["chat-eval", "summarise", "--reviews", str(reviews)])
+    assert table.exit_code == 0
+    assert "line 1, question 0" in table.stdout
+
+
 def test_both_orders_cancel_a_bias_for_the_first_place(tmp_path: Path) -> None:
     """A judge that gives two marks more to whatever stands first, on answers of equal worth."""
     rows = [review_row(0, "8 6", order="reference_first"), review_row(0, "8 6", order="answer_first")]
