@@ -6,6 +6,7 @@ one at a journal's end, which the next run finds by its checksum and drops.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -17,12 +18,16 @@ from typing import Any, cast
 
 from medvlm.data.articles import RowResult
 from medvlm.errors import WorkspaceError
-from medvlm.records import to_row
+from medvlm.records import FetchOutcome, Figure
 
 __all__ = ["Entry", "Journal"]
 
 _HEADER = struct.Struct("<III")
 """Length of the JSON part, length of all, CRC-32 of all."""
+
+
+_OUTCOME_FIELDS = tuple(f.name for f in dataclasses.fields(FetchOutcome))
+_FIGURE_FIELDS = tuple(f.name for f in dataclasses.fields(Figure) if f.name != "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +51,14 @@ class Journal:
         Raises:
             WorkspaceError: The disk is full or read-only.
         """
-        figures: list[dict[str, Any]] = []
-        images: list[bytes] = []
-        for figure in result.figures:
-            row = to_row(figure)
-            images.append(row["image"]["bytes"])
-            row["image"] = {"path": row["image"]["path"], "bytes": len(images[-1])}
-            figures.append(row)
-        text = json.dumps({"outcome": to_row(result.outcome), "figures": figures}, ensure_ascii=False)
+        images = [figure.image.bytes for figure in result.figures]
+        figures = [
+            {name: getattr(figure, name) for name in _FIGURE_FIELDS}
+            | {"image": {"path": figure.image.path, "bytes": len(figure.image.bytes)}}
+            for figure in result.figures
+        ]
+        outcome = {name: getattr(result.outcome, name) for name in _OUTCOME_FIELDS}
+        text = json.dumps({"outcome": outcome, "figures": figures}, ensure_ascii=False)
         # Half a surrogate pair, which JSON can escape and Parquet cannot hold, becomes a question mark.
         meta = text.encode("utf-8", "replace")
         body = b"".join((meta, *images))
