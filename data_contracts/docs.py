@@ -24,7 +24,7 @@ td, th { border-bottom: 1px solid #8884; padding: .4rem .6rem; text-align: left;
 code { background: #8882; padding: 0 .3em; border-radius: 3px; overflow-wrap: anywhere; }
 .ok { color: #178a3a; } .broken { color: #d02020; font-weight: 600; } .warn { color: #b06a00; font-weight: 600; }
 .modal, .navbar-toggler, .show-less-info, nav svg, img { display: none; }
-.fa-check-circle::before { content: "✅ "; } .fa-times::before { content: "❌ "; }
+.fa-check-circle::before { content: "✓ "; } .fa-times::before { content: "✗ "; }
 """
 
 
@@ -66,11 +66,15 @@ def _library_page(validation: Any) -> str:
 
 
 def _offline(page: str) -> str:
-    """The page without anything that a browser would fetch from elsewhere."""
+    """The page without anything that a browser would fetch from elsewhere, or that leads nowhere."""
     page = re.sub(r"<script\b[^>]*\bsrc=.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
     page = re.sub(r"<link\b[^>]*\bhref=[\"']?https?:[^>]*>", "", page, flags=re.IGNORECASE)
     page = re.sub(r"<img\b[^>]*\bsrc=[\"']?https?:[^>]*>", "", page, flags=re.IGNORECASE)
     page = re.sub(r"url\([\"']?https?:[^)]*\)", "none", page)
+    page = re.sub(r"<footer\b.*?</footer>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    # Its other links lead to pages of a site that is not built: only the index is there.
+    page = re.sub(r"<a\b[^>]*\bhref=\"[^\"#]*index\.html\"[^>]*>", '<a href="index.html">', page)
+    page = re.sub(r"<a\b[^>]*\bhref=\"(?!#|index\.html)[^\"]*\"[^>]*>(.*?)</a>", r"\1", page, flags=re.DOTALL)
     page = re.sub(r"<iframe\b.*?</iframe>", "", page, flags=re.DOTALL | re.IGNORECASE)
     return page.replace("</head>", f"<style>{_STYLE}</style></head>", 1)
 

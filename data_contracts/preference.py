@@ -56,6 +56,8 @@ CONTRACT = Contract(
             query="""SELECT a.pair_id AS row_id, 'against ' || b.pair_id AS value FROM pairs a JOIN pairs b
                      ON a.image_sha256 = b.image_sha256 AND a.question = b.question
                      AND a.chosen = b.rejected AND a.rejected = b.chosen""",
+            # People disagree; a set that does so often teaches nothing.
+            tolerated=0.02,
         ),
         Limit(
             name="length_ratio",
