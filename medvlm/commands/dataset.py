@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["dataset"]
 
+BUDGET_OPTION = click.option("--token-budget", type=click.IntRange(1), help="Most tokens to spend on the endpoint.")
+KEEP_OPTION = click.option(
+    "--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with."
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -29,7 +33,7 @@ def dataset() -> None:
 
 
 @dataset.command("build")
-@click.argument("name", type=click.Choice(["alignment", "instruct", "preference"]))
+@click.argument("name", type=click.Choice(["alignment", "instruct"]))
 @click.option(
     "--official",
     "--from",
@@ -39,29 +43,10 @@ def dataset() -> None:
     help="Published JSON, joined to the fetched figures; repeat for several. Or a folder of figure shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
-@click.option("--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with.")
-@click.option("--endpoint", is_flag=True, help="instruct: a chat model writes; preference: it judges.")
-@click.option("--token-budget", type=click.IntRange(1), help="Most tokens that may be spent on the endpoint.")
+@KEEP_OPTION
+@click.option("--endpoint", is_flag=True, help="A chat model writes the conversations.")
+@BUDGET_OPTION
 @click.option("--concurrency", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests at a time.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="preference: the model that asks and answers.")
-@click.option("--about", default="instruct", show_default=True, help="preference: the dataset whose images are asked.")
-@click.option(
-    "--ask",
-    type=click.Choice(["model", "dataset"]),
-    default="model",
-    show_default=True,
-    help="preference: whose questions; dataset for a model that was not taught to ask.",
-)
-@click.option("--questions", type=click.IntRange(1, 20), default=1, show_default=True, help="preference: per image.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0.01, 5),
-    default=0.8,
-    show_default=True,
-    help="preference: of the model's answers.",
-)
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="preference: an answer.")
-@click.option("--limit", type=click.IntRange(1), help="preference: as many images, the first ones.")
 @JSON_OPTION
 @click.pass_obj
 def build(
@@ -73,13 +58,6 @@ def build(
     endpoint: bool,
     token_budget: int | None,
     concurrency: int,
-    checkpoint: Path | None,
-    about: str,
-    ask: Literal["model", "dataset"],
-    questions: int,
-    temperature: float,
-    max_tokens: int,
-    limit: int | None,
     as_json: bool,
 ) -> None:
     """Build the training dataset NAME from the fetched figures.
@@ -89,15 +67,10 @@ def build(
     MEDVLM_ENDPOINT_MODEL and, if it wants one, MEDVLM_ENDPOINT_KEY. Answers are kept, so that a
     stopped run goes on where it was.
 
-    Preference pairs come from the published file, or with --checkpoint from a model that answers
-    each question twice; the endpoint, or without it the overlap with the known answer, ranks them.
-
     \b
     medvlm dataset build alignment
     medvlm dataset build instruct --official llava_med_instruct_60k_inline_mention.json
     medvlm dataset build instruct --endpoint --token-budget 2000000
-    medvlm dataset build preference --official stllava_dpo.json
-    medvlm dataset build preference --checkpoint checkpoints/stllava-med/stage2 --questions 2
     """
     from medvlm.data.alignment import build_alignment
 
@@ -108,26 +81,78 @@ def build(
         raise click.UsageError("give one folder of figure shards, or published files, not both")
     shards = folders[0] if folders else None
     if endpoint and (name == "alignment" or official):
-        raise click.UsageError("--endpoint writes instruct conversations or judges answers, not a published file's")
-    client = ChatAccess(token_budget, concurrency) if endpoint else None
+        raise click.UsageError("--endpoint writes instruct conversations, and not together with a published file")
     if name == "alignment":
         report = build_alignment(workspace, official=official, figures=shards, seed=seed, keep_leaked=keep_leaked)
-    elif name == "preference":
-        report = _build_preference(
-            workspace,
-            official,
-            checkpoint,
-            client,
-            Asking(about, ask, questions, temperature, max_tokens, limit, seed),
-            keep_leaked,
-        )
     else:
         from medvlm.data.instruct import build_instruct
 
-        with client.opened(workspace) if client else nullcontext() as chat:
+        with ChatAccess(token_budget, concurrency).opened(workspace) if endpoint else nullcontext() as chat:
             report = build_instruct(
                 workspace, official=official, figures=shards, client=chat, seed=seed, keep_leaked=keep_leaked
             )
+    _print_report(report, as_json)
+
+
+@dataset.command("build-preference")
+@click.option("--official", type=click.Path(path_type=Path), help="STLLaVA-Med-DPO's JSON, joined to the figures.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The model that asks and answers.")
+@click.option("--about", default="instruct", show_default=True, help="The dataset whose images are asked about.")
+@click.option(
+    "--ask",
+    type=click.Choice(["model", "dataset"]),
+    default="model",
+    show_default=True,
+    help="Whose questions; dataset for a model that was not taught to ask.",
+)
+@click.option("--questions", type=click.IntRange(1, 20), default=1, show_default=True, help="For each image.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0.01, 5),
+    default=0.8,
+    show_default=True,
+    help="Of the answers.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
+@click.option("--limit", type=click.IntRange(1), help="As many images, the first ones.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides requests and sampling.")
+@click.option("--endpoint", is_flag=True, help="A chat model judges; else the overlap with the known answer does.")
+@BUDGET_OPTION
+@KEEP_OPTION
+@JSON_OPTION
+@click.pass_obj
+def build_preference(
+    obj: str,
+    official: Path | None,
+    checkpoint: Path | None,
+    endpoint: bool,
+    token_budget: int | None,
+    keep_leaked: bool,
+    as_json: bool,
+    **asking: Any,
+) -> None:
+    """Build preference pairs: published ones, or of a model that answers each question twice.
+
+    What people preferred in the chat is added. The judge's endpoint is named by the environment, as for
+    'dataset build --endpoint'.
+
+    \b
+    medvlm dataset build-preference --official stllava_dpo.json
+    medvlm dataset build-preference --checkpoint workspace/checkpoints/stllava-med/stage2/checkpoint/all
+    """
+    from medvlm.data import preference
+    from medvlm.data.conversations import decisions
+
+    workspace = Workspace(Path(obj)).ensure()
+    if (official is None) == (checkpoint is None):
+        raise click.UsageError("give either --official, the published JSON, or --checkpoint")
+    if checkpoint is None:
+        assert official is not None
+        rows = preference.join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
+        report = preference.build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
+    else:
+        access = ChatAccess(token_budget, concurrency=1) if endpoint else None
+        report = _ask_checkpoint(workspace, checkpoint, access, Asking(**asking), keep_leaked)
     _print_report(report, as_json)
 
 
@@ -165,25 +190,15 @@ class ChatAccess:
             click.echo(f"spent {client.budget.spent:,} tokens", err=True)
 
 
-def _build_preference(
-    workspace: Workspace,
-    official: list[Path],
-    checkpoint: Path | None,
-    access: ChatAccess | None,
-    asking: Asking,
-    keep_leaked: bool,
+def _ask_checkpoint(
+    workspace: Workspace, checkpoint: Path, access: ChatAccess | None, asking: Asking, keep_leaked: bool
 ) -> Report:
-    from medvlm.data.conversations import count_rows, decisions
+    from medvlm.data.conversations import count_rows
     from medvlm.data.judges import EndpointJudge, OverlapJudge
-    from medvlm.data.preference import build_preference, join_preferences, self_preferences
+    from medvlm.data.preference import build_preference, self_preferences
     from medvlm.data.watched import watched
     from medvlm.records import Sample
 
-    if len(official) + (checkpoint is not None) != 1:
-        raise click.UsageError("preference pairs need either --official, one published JSON, or --checkpoint")
-    if checkpoint is None:
-        rows = join_preferences(workspace.figure_shards, official[0], decisions(workspace, "figures"))
-        return build_preference(workspace, rows, official=official[0], keep_leaked=keep_leaked)
     with access.opened(workspace) if access else nullcontext() as client:
         folder = workspace.samples(asking.about)
         total = min(count_rows(folder), asking.limit or count_rows(folder))

@@ -57,7 +57,7 @@ def test_published_pairs_join_to_figures_and_misses_are_counted(tmp_path: Path) 
         ("9_F9.jpg", "A", "B"),
         ("10_F1.jpg", "A", "A"),
     )
-    command = ["--workspace", str(tmp_path), "dataset", "build", "preference", "--official", str(path), "--json"]
+    command = ["--workspace", str(tmp_path), "dataset", "build-preference", "--official", str(path), "--json"]
     report = json.loads(CliRunner().invoke(cli, command).stdout)
     assert report["counts"] == {"pairs": 2, "dropped": 4, "missed": 2}
     pairs = read_records(Workspace(tmp_path).samples("preference"), PreferencePair)
@@ -168,7 +168,7 @@ def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
         return lambda requests: [next(texts) for _ in requests]
 
     monkeypatch.setattr("medvlm.commands.dataset._answering", answering)
-    command = ["--workspace", str(tmp_path), "dataset", "build", "preference"]
+    command = ["--workspace", str(tmp_path), "dataset", "build-preference"]
     for wrong in ([], ["--official", "a.json", "--checkpoint", "b"]):
         assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
     options = [
