@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import streamlit as st
+
+from dashboards.frame import escaped, results
 
 # Not "pages": Streamlit runs the files of a folder of that name by themselves, without this frame,
 # when somebody opens the address of a page right after the server's start.
@@ -23,6 +24,7 @@ chosen = st.navigation(
     ]
 )
 with st.sidebar:
+    workspace = results().workspace.root.resolve()
     st.caption("Workspace")
-    st.text(os.environ.get("MEDVLM_WORKSPACE", "workspace"))
+    st.text(workspace.name, help=escaped(str(workspace)))
 chosen.run()

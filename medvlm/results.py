@@ -52,8 +52,13 @@ class ContractResult:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that do not hold."""
-        return tuple(check for check in self.checks if not check.success)
+        """The checks that do not hold and stop what comes after."""
+        return tuple(check for check in self.checks if not check.success and check.blocks)
+
+    @property
+    def warned(self) -> tuple[Check, ...]:
+        """The checks that do not hold and stop nothing."""
+        return tuple(check for check in self.checks if not check.success and not check.blocks)
 
 
 @dataclass(frozen=True)

@@ -191,13 +191,16 @@ def test_contracts_come_broken_first(tmp_path: Path) -> None:
         "broken_rows": 1,
         "examples": [{"row_id": "x", "value": "y"}],
     }
-    for name, success in (("a", True), ("b", False)):
-        result = {"contract": name, "success": success, "checks": [{**check, "success": success}], "rows": 7}
+    for name, success, severity in (("a", True, "warn"), ("b", False, "fail")):
+        checks = [{**check, "success": False, "severity": severity}]
+        result = {"contract": name, "success": success, "checks": checks, "rows": 7}
         write_json(workspace.contract(name) / "result.json", result)
     contracts = Results(tmp_path).contracts()
     assert [contract.name for contract in contracts] == ["b", "a"]
     assert [check.name for check in contracts[0].failed] == ["c"]
-    (seen,) = contracts[1].checks
+    assert contracts[0].warned == ()
+    assert contracts[1].failed == ()
+    (seen,) = contracts[1].warned
     assert (seen.observed, seen.expected, seen.examples, seen.blocks) == ("0.9877", "", ("x: y",), False)
 
 

@@ -134,13 +134,15 @@ def contract_section() -> None:
 def _contract(contract: ContractResult) -> None:
     broken = f":red[**✗ broken**: {len(contract.failed)} of {len(contract.checks)} checks]"
     state = ":green[✓ held]" if contract.success else broken
+    if contract.warned:
+        state += f" · :orange[{len(contract.warned)} warned]"
     age = _age(contract.checked_at)
     label = f"**{escaped(contract.name)}** · {state} · {contract.rows:,} rows · checked {age}"
     with st.expander(label, expanded=not contract.success):
         st.dataframe(
             pd.DataFrame(
                 {
-                    "": ["✓" if check.success else "✗" for check in contract.checks],
+                    "": ["✓" if check.success else "✗" if check.blocks else "!" for check in contract.checks],
                     "Rule": [check.rule or tidy(check.name) for check in contract.checks],
                     "Seen": [check.observed for check in contract.checks],
                     "Allowed": [check.expected for check in contract.checks],

@@ -85,6 +85,12 @@ def texts_shown(row: dict[str, Any], source: Source) -> tuple[str, ...]:
 
 def decide(who: str, source: str, record_id: str, action: Action, before: Sequence[str], reason: str = "") -> None:
     """Save one decision; what goes wrong is shown on the page, and the record stays where it is."""
+    reader = results()
+    heard = standing(_decisions(reader.journal.stamp(), str(reader.workspace.root)))
+    if any((d.who, d.source, d.record_id) == (who, source, record_id) for d in heard):
+        # A second key, pressed before the next record was on the screen, is not a word on this one.
+        st.toast(f"{escaped(record_id)} was judged already; that key was not counted.")
+        return
     note = str(st.session_state.get("note", "")).strip()
     words = ": ".join(part for part in (reason, note) if part)
     after: tuple[str, ...] = ()

@@ -97,6 +97,7 @@ def page(browser: Browser) -> Generator[tuple[Page, list[str]]]:
     """A page and the addresses outside this machine that it asked for."""
     page = browser.new_page(viewport={"width": 1360, "height": 900})
     page.set_default_timeout(30_000)
+    expect.set_options(timeout=20_000)
     outside: list[str] = []
     page.on(
         "request",
@@ -153,14 +154,18 @@ def test_keys_decide_and_typing_a_note_does_not(
     ready(tab)
     tab.get_by_label("Your name").fill("ann")
     tab.get_by_label("Your name").press("Enter")
+    expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
+    ready(tab)
     progress = tab.get_by_test_id("stProgress")
     expect(progress).to_contain_text("0 of 60")
     expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
     tab.get_by_role("heading", level=1).click()  # out of the text field
     tab.keyboard.press("a")
     expect(progress).to_contain_text("1 of 60")
+    ready(tab)
     tab.keyboard.press("4")
     expect(progress).to_contain_text("2 of 60")
+    ready(tab)
     tab.get_by_label("Note").click()
     tab.keyboard.type("a paused pass 12")
     tab.keyboard.press("Enter")

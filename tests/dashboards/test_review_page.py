@@ -76,6 +76,16 @@ def test_each_decision_is_saved_with_what_was_seen_and_the_next_record_comes(
     assert "3 of 60 judged by you" in page.get("progress")[0].proto.text
 
 
+def test_a_press_on_a_page_that_is_no_longer_true_is_not_counted(review: Opened, workspace: Workspace) -> None:
+    page, stale = review(), review()  # two tabs of one person, or a key pressed while the page still draws
+    record = shown(page)
+    press(page, "Accept")
+    stale.button(key="why-1").click().run()
+    assert [(d.record_id, d.action) for d in Journal(workspace).read()] == [(record, "accept")]
+    assert "not counted" in stale.toast[0].value
+    assert shown(stale) == shown(page) != record
+
+
 def test_an_edit_reaches_the_next_dataset(review: Opened, workspace: Workspace) -> None:
     page = review()
     record = shown(page)
