@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ def write_result(folder: Path, result: ContractResult, *, started: float) -> Non
             "quarantined": len(quarantined),
         },
         metrics=result.numbers,
-        details={"success": result.success, "broken": [dataclasses.asdict(check) for check in result.broken][:20]},
+        details={"success": result.success, "broken": [check.to_json() for check in result.broken]},
         fingerprint=result.fingerprint,
     )
     write_report(folder, report, started=started, packages=("great_expectations", "duckdb", "pandas", "pillow"))

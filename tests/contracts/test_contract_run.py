@@ -20,7 +20,7 @@ from data_contracts.contract import Selection
 from data_contracts.run import run_contract
 from medvlm.errors import WorkspaceError
 from medvlm.records import Image
-from medvlm.store import Workspace, write_records
+from medvlm.store import Workspace, read_report, write_records
 
 
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +58,18 @@ def test_json_is_one_object_and_the_written_result(tmp_path: Path) -> None:
     printed = json.loads(run.stdout)
     assert printed["success"] is False
     assert printed == json.loads((Workspace(tmp_path).contract("alignment") / "result.json").read_text())
+
+
+def test_the_report_counts_and_stays_small(tmp_path: Path) -> None:
+    records = [dataclasses.replace(sound_records.sample(i), modality="x-ray") for i in range(30)]
+    sound_records.write(Workspace(tmp_path), "alignment", records)
+    run_contract(Workspace(tmp_path), "alignment")
+    report = read_report(Workspace(tmp_path).contract("alignment"))
+    assert report is not None
+    assert report.counts == {"rows": 30, "checks": 24, "broken": 1, "warnings": 0, "quarantined": 30}
+    (check,) = report.details["broken"]
+    assert (check["name"], check["broken_rows"], len(check["examples"])) == ("modality", 30, 10)
+    assert "great_expectations" in report.versions
 
 
 def test_a_step_that_has_not_run_is_an_error_with_the_next_step(tmp_path: Path) -> None:
