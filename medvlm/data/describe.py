@@ -134,7 +134,10 @@ def _benchmarks_at(path: Path) -> list[str]:
     if any(name in ("train.csv", "test.csv", "train_2.csv", "test_2.csv") for name in names):
         found.append("pmc-vqa")
     found += [name for name in BENCHMARKS if name.endswith("mnist") and any(n.startswith(name) for n in names)]
-    return found or (["vqa-rad"] if hub_files(path) else [])
+    # Both hub copies have the same columns; only PathVQA's has a validation split.
+    hub = [file.name for file in hub_files(path)]
+    name = "pathvqa" if any(name.startswith("validation") for name in hub) else "vqa-rad"
+    return found or ([name] if hub else [])
 
 
 def _release(name: str, path: Path) -> Description:
