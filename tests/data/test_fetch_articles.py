@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bucket_server import BucketServer, article, jats, llava_row, picture
-from fetch_case import ONE, QUICK, ROW, fetch_one, figures, many, outcomes, write_list
+from fetch_case import MEDIA, ONE, QUICK, ROW, fetch_one, figures, many, outcomes, write_list
 
 from medvlm.data.articles import FetchSettings
 from medvlm.data.figures import fetch_figures
@@ -204,3 +204,15 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
     objects = article("PMC100", {"a.jpg": picture(1) + bytes(200_000)}, pmid=5)
     outcome, _ = fetch_one(tmp_path, objects, ROW, settings=FetchSettings(max_bytes=100_000))
     assert (outcome.status, outcome.bytes_read) == ("too_large", 0)
+
+
+def test_links_that_lead_out_of_a_folder_are_not_followed(tmp_path: Path) -> None:
+    for key, body in ONE.items():
+        (tmp_path / "bucket" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bucket" / key).write_bytes(body)
+    (tmp_path / "bucket" / MEDIA).rename(tmp_path / "elsewhere.jpg")
+    (tmp_path / "bucket" / MEDIA).symlink_to(tmp_path / "elsewhere.jpg")
+    fetch_figures(write_list(tmp_path, [ROW]), str(tmp_path / "bucket"), tmp_path / "out")
+    (outcome,) = outcomes(tmp_path / "out")
+    assert (outcome.status, outcome.figures) == ("store_error", 0)
+    assert "leads out" in outcome.detail

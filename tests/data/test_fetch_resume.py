@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -276,3 +277,31 @@ def test_parts_of_another_number_do_not_run_beside_these(tmp_path: Path) -> None
         hold_lock(tmp_path / "s", (1, 2)),
     ):
         pass
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_passing_trouble_leaves_no_trace_in_the_shards(tmp_path: Path, seed: int) -> None:
+    objects, rows = many(25, media=2)
+    report_of(tmp_path, objects, rows, "calm", block_rows=8)
+    dice = random.Random(seed)
+    kinds = ["reset", "html", "long", "short", "status"]
+    faults = {
+        key: Fault(dice.choice(kinds), dice.choice([500, 502, 503, 429]), times=dice.choice([1, 2]))
+        for key in objects
+        if dice.random() < 0.4
+    } | {"?list": Fault("reset", times=2)}
+    with BucketServer(objects, faults=faults) as server:
+        limits = StoreLimits(concurrency=dice.choice([1, 7, 64]), timeout_s=2, attempts=4, backoff_s=0.01)
+        report = fetch_figures(tmp_path / "list.jsonl", server.url, tmp_path / "storm", limits=limits, block_rows=8)
+    assert report.details["by_status"] == {"ok": 50}
+    assert report.metrics["retries"] > 5
+    assert shard_bytes(tmp_path / "storm") == shard_bytes(tmp_path / "calm")
+
+
+def test_a_list_that_has_changed_drops_what_it_no_longer_asks_for(tmp_path: Path) -> None:
+    objects, rows = many(4)
+    with BucketServer(objects) as server:
+        fetch_figures(write_list(tmp_path, rows), server.url, tmp_path / "out", limits=QUICK)
+        fetch_figures(write_list(tmp_path, rows[2:]), server.url, tmp_path / "out", limits=QUICK)
+    assert [figure.figure_id for figure in figures(tmp_path / "out")] == ["3_F1", "4_F1"]
+    assert [row.row for row in outcomes(tmp_path / "out")] == [0, 1]
