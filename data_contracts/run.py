@@ -64,6 +64,7 @@ def run_contract(
     selection = selection or Selection()
     contract: Contract = importlib.import_module(CONTRACTS[name]).CONTRACT
     folder = result_folder(workspace, name, selection)
+    _forget(folder / "result.json")
     remembered = _remembered(folder)
     checks: list[Check] = []
     numbers: dict[str, float] = {}
@@ -111,6 +112,18 @@ class _Outcome:
         self.numbers: dict[str, float] = {}
         self.statistics: drift.Statistics | None = None
         self.validation: Any = None
+
+
+def _forget(result: Path) -> None:
+    """Delete the last result: a run that fails half-way must not leave an old verdict on new data."""
+    try:
+        result.unlink(missing_ok=True)
+    except OSError as error:
+        raise WorkspaceError(
+            f"the workspace cannot be written: {error.strerror}",
+            where=str(result),
+            hint="fix its permissions, or choose another folder with --workspace",
+        ) from error
 
 
 def _remembered(folder: Path) -> dict[str, Any]:

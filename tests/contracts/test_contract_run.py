@@ -130,9 +130,12 @@ def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
     (shard,) = workspace.samples("alignment").glob("*.parquet")
+    run_contract(workspace, "alignment")
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(WorkspaceError, match=r"part-00000\.parquet"):
         run_contract(workspace, "alignment")
+    # The old verdict is not left lying on data that can no longer be read.
+    assert not (workspace.contract("alignment") / "result.json").exists()
 
 
 def test_null_in_a_foreign_table_breaks_the_column_rule(tmp_path: Path) -> None:
