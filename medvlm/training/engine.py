@@ -13,7 +13,7 @@ from typing import Any
 from medvlm.errors import TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 
-__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepare_environment"]
+__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepare_environment", "quiet_libraries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,9 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What accelerate would choose, with a warning.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     if "RANK" not in os.environ:
         # One process: it is its own launcher, which saves the launcher's start.
         with socket.socket() as probe:
@@ -147,6 +150,9 @@ def quiet_libraries(processes: int) -> None:
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     if processes == 1 and importlib.util.find_spec("deepspeed"):
         from deepspeed.ops import __compatible_ops__ as compatible
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medvlm.config import recipe_differences, stage_yaml
-from medvlm.errors import CheckpointError, OutOfMemory, TrainingError
+from medvlm.config import load_recipe, recipe_differences, stage_yaml
+from medvlm.errors import CheckpointError, MedVLMError, OutOfMemory, TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
 from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepare_environment, quiet_libraries
@@ -173,7 +174,7 @@ def _start(job: _Job, samples: Sequence[StageSample]) -> Checkpoint:
         changed = [path for path in recipe_differences(job.recipe, start.recipe) if path[0] == "model"]
         if changed:
             raise CheckpointError(
-                f"stage {job.number - 1} was trained with another model: {', '.join('.'.join(p) for p in changed)} differ",
+                f"stage {job.number - 1} was trained with another {', '.join('.'.join(path) for path in changed)}",
                 where=str(folder),
                 hint=f"train stage {job.number - 1} again, or undo the change",
             )
@@ -271,7 +272,8 @@ def _fit(
         if stop.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise TrainingError(
-            f"stopped by {signal.Signals(stop.received).name} after step {trainer.state.global_step} of {plan.steps}; saved",
+            f"stopped by a signal ({signal.Signals(stop.received).name}) after step {trainer.state.global_step} "
+            f"of {plan.steps}; it is saved",
             where=str(scratch.folder),
             hint="run the same command again to go on from there",
         )
@@ -300,7 +302,7 @@ def _arguments(job: _Job, scratch: Scratch, steps: int) -> Any:
         bf16=engine.precision == "bf16",
         fp16=engine.precision == "fp16",
         tf32=True if engine.device == "cuda" else None,
-        gradient_checkpointing=engine.gradient_checkpointing,
+        activation_checkpointing=engine.gradient_checkpointing,
         use_cpu=engine.device == "cpu",
         deepspeed=deepspeed_config(stage, engine),
         # The plan has shuffled already; so a resumed run skips to its place without reading what it skips.
@@ -327,3 +329,28 @@ def _sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, int]:
         for key in ("samples", "steps", "truncated"):
             total[key] += more[key]
     return total
+
+
+@click.command()
+@click.option("--workspace", required=True)
+@click.option("--recipe", required=True)
+@click.option("--stage", required=True, type=int)
+@click.option("--set", "overrides", multiple=True)
+@click.option("--fresh", is_flag=True)
+@click.option("--local_rank", type=int, hidden=True)
+def main(
+    workspace: str, recipe: str, stage: int, overrides: tuple[str, ...], fresh: bool, local_rank: int | None
+) -> None:
+    """One process of a training job; ``medvlm train`` starts it."""
+    # A launcher of this or another kind says the rank in the environment; the option is only accepted.
+    del local_rank
+    try:
+        run_stage(Workspace(Path(workspace)), load_recipe(recipe, overrides), stage, fresh=fresh)
+    except MedVLMError as error:
+        click.echo(f"error: {error}", err=True)
+        # Not sys.exit: other processes may wait in a collective, and an orderly end would wait for them.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
