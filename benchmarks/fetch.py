@@ -34,6 +34,7 @@ from bucket_server import BucketServer, article, jats, llava_row  # noqa: E402
 FIGURES_PER_ARTICLE = 3
 XML_BYTES = 88_000
 """Mean size of the six real articles in the test data."""
+MEMORY_TARGET_MB = 1000
 SERIAL_ROWS = 150
 """The serial script takes minutes; its speed does not depend on the number of rows."""
 
@@ -150,6 +151,7 @@ def speed(arguments: argparse.Namespace) -> None:
     pictures = [data for path in files if len(data := path.read_bytes()) not in {0, 262144}]
     mean_kb = sum(map(len, pictures)) / len(pictures) / 1000
     print(f"{figures:,} figures of {mean_kb:.0f} KB on average, {FIGURES_PER_ARTICLE} to an article; {machine()}\n")
+    missed = False
     for latency_ms in arguments.latency:
         pipe, far = multiprocessing.Pipe()
         server = multiprocessing.Process(target=serve, args=(far, figures, pictures, latency_ms / 1000), daemon=True)
@@ -170,6 +172,26 @@ def speed(arguments: argparse.Namespace) -> None:
                 f"| {1000 * run.cpu_s / run.figures:.1f} | {rate * serial.seconds / serial.figures:.1f} |"
             )
         print(flush=True)
+        missed |= judged(runs, latency_ms)
+    sys.exit(1 if missed else 0)
+
+
+def judged(runs: list[Run], latency_ms: float) -> bool:
+    """Print each target as held or missed; whether one was missed."""
+    rate = {run.name: run.figures / run.seconds for run in runs}
+    requests = {run.name: run.requests / run.figures for run in runs}
+    targets = [
+        ("at most 1.5 requests a figure, with captions", requests["medvlm fetch"] <= 1.5),
+        ("at most 1.5 requests a figure, images alone", requests["medvlm fetch --no-captions"] <= 1.5),
+    ]
+    if latency_ms >= 50:
+        targets.append(("100 times the serial script", rate["medvlm fetch"] >= 100 * rate["serial script"]))
+        if "img2dataset" in rate:
+            targets.append(("as fast as img2dataset", rate["medvlm fetch"] >= rate["img2dataset"]))
+    for name, held in targets:
+        print(f"- {'held' if held else 'MISSED'}: {name}")
+    print(flush=True)
+    return not all(held for _, held in targets)
 
 
 def contenders(
@@ -266,6 +288,8 @@ def memory(arguments: argparse.Namespace) -> None:
             f"{asked(pipe):,} requests; {machine()}"
         )
     pipe.send(None)
+    if peak > MEMORY_TARGET_MB:
+        sys.exit(f"MISSED: at most {MEMORY_TARGET_MB} MB")
 
 
 def machine() -> str:
