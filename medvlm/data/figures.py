@@ -96,20 +96,25 @@ def fetch_figures(
             earlier = None if fresh else _earlier(out, inputs)
             share = _share(len(index.rows), block_rows, part)
             blocks = Blocks(folder, index.rows, share, earlier=earlier, block_rows=block_rows)
+            evidence = _earlier_evidence(earlier, blocks) if earlier else None
+            total = share[1] - share[0]
             run = FetchRun(
-                index, blocks, open_store(store, limits), settings, limits.concurrency, listen, share[1] - share[0],
-                _earlier_evidence(earlier, blocks) if earlier else None,
-            )  # fmt: skip
+                index, blocks, open_store(store, limits), settings, limits.concurrency, listen, total, evidence
+            )
             run_fetch(run)
             rates = run.rates(time.monotonic() - started)
             if part != (1, 1):
-                details = {"by_status": plain_counts(blocks.by_status), "part": f"{part[0]}/{part[1]}"}
-                return Report(step="fetch", counts={"rows": run.total}, metrics=rates, details=details)
+                return _report_of_part(part, total, blocks, rates)
             folder.rename(ready)
         _put_in_place(ready, out)
         report = _described(out, {"policy": settings.policy, "store": store, "inputs": inputs}, rates, started)
         _drop_leftovers(scratch)
     return report
+
+
+def _report_of_part(part: tuple[int, int], rows: int, blocks: Blocks, rates: dict[str, float]) -> Report:
+    details = {"by_status": plain_counts(blocks.by_status), "part": f"{part[0]}/{part[1]}"}
+    return Report(step="fetch", counts={"rows": rows}, metrics=rates, details=details)
 
 
 def _described(out: Path, details: dict[str, str], rates: dict[str, float], started: float) -> Report:

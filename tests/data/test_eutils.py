@@ -114,9 +114,9 @@ def test_no_more_than_three_requests_a_second(
     monkeypatch.setattr(eutils, "IDS_PER_QUERY", 101)
     started = time.monotonic()
     found = find_articles("x", tmp_path / "list", since=date(2024, 1, 14), until=date(2024, 1, 16), server=esearch.url)
-    assert (len(found.pmcids), found.requests) == (103, 3)
+    assert (len(found.pmcids), found.requests) == (103, 5)
     # From the start to the last arrival: what a busy machine adds can only make it longer.
-    assert esearch.times[-1] - started >= 2 / 3
+    assert esearch.times[-1] - started >= 4 / 3
 
 
 def test_the_licences_of_a_policy() -> None:
