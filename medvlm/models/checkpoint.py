@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +64,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
 
     attention = attention_implementation()
     tower, decoder = _published_tower(recipe, attention), _published_decoder(recipe, attention)
-    config = MedVLMConfig(
+    text_config: Any = decoder.config if decoder is not None else _decoder_config(recipe, tokenizer)
+    make_config: Any = MedVLMConfig  # its generated signature is unknown to type checkers
+    config = make_config(
         vision_config=tower.config if tower is not None else tower_config(recipe.model.vision_tower),
-        text_config=decoder.config if decoder is not None else _decoder_config(recipe, tokenizer),
+        text_config=text_config,
         projector_kind=recipe.model.projector.kind,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
         image_seq_length=recipe.model.image_tokens,
@@ -79,6 +80,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
         tie_word_embeddings=False,
         dtype="float32",
     )
+    # The public argument exists on from_pretrained only; this is where transformers keeps the choice.
     config._attn_implementation = attention
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -101,7 +103,8 @@ def _decoder_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pretr
     from transformers import CONFIG_MAPPING
 
     spec = recipe.model.language_model
-    return CONFIG_MAPPING[spec.architecture](
+    make_config: Any = CONFIG_MAPPING[spec.architecture]
+    return make_config(
         vocab_size=max(recipe.model.tokenizer.vocab_size, len(tokenizer)),
         hidden_size=spec.hidden_size,
         intermediate_size=spec.mlp_size,
@@ -130,13 +133,14 @@ def _published_decoder(recipe: Recipe, attention: str) -> Any:
     if spec.weights == RANDOM:
         return None
     with refuse_loading(spec.weights):
-        decoder, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.weights,
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=attention,
             dtype=torch.float32,
         )
+    decoder, info = loaded
     check_keys(info, spec.weights)
     check_sizes(
         decoder.config,
@@ -158,7 +162,7 @@ class _SizesOf:
         self.intermediate_size = spec.mlp_size
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: dict[str, Any] | None = None) -> None:
     """Write a checkpoint in place of ``folder``, whole.
 
     Args:
@@ -193,13 +197,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     recipe = load_recipe(folder / "recipe.yaml")
     with refuse_loading(str(folder)):
-        model, info = MedVLMForConditionalGeneration.from_pretrained(
+        loaded: Any = MedVLMForConditionalGeneration.from_pretrained(
             folder,
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=attention_implementation(),
             dtype=torch.float32,
         )
+    model, info = loaded
     check_keys(info, str(folder))
     return Checkpoint(
         model=model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medvlm.data.images import decode_image
 from medvlm.errors import CheckpointError
@@ -110,9 +110,10 @@ def load_tower(recipe: Recipe, attention: str) -> CLIPVisionModel:
 
     spec = recipe.model.vision_tower
     with refuse_loading(spec.weights):
-        tower, info = CLIPVisionModel.from_pretrained(
+        loaded: Any = CLIPVisionModel.from_pretrained(
             spec.weights, use_safetensors=True, output_loading_info=True, attn_implementation=attention
         )
+    tower, info = loaded
     # A full CLIP checkpoint also holds the text half and the two projections into the shared space.
     check_keys(info, spec.weights, ignored=("text_model.", "text_projection", "visual_projection", "logit_scale"))
     expected = tower_config(spec)
@@ -136,7 +137,7 @@ def draw_tower(tower: CLIPVisionModel, seed: int) -> None:
     import torch
     from torch import nn
 
-    embeddings = tower.embeddings
+    embeddings: Any = tower.embeddings
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         kernel_DK = embeddings.patch_embedding.weight.view(embeddings.patch_embedding.weight.shape[0], -1)

@@ -35,7 +35,7 @@ class MedVLMModel(LlavaModel):
 
     config_class = MedVLMConfig
 
-    def __init__(self, config: MedVLMConfig) -> None:
+    def __init__(self, config: Any) -> None:
         # Not LlavaModel's own: it would build a projector that is then thrown away.
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -43,14 +43,15 @@ class MedVLMModel(LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Any:
         """Where image features go, (B, L, 1).
 
         Raises:
             ImageTokenMismatch: The batch does not hold exactly N x P placeholders.
         """
         if input_ids is None:
-            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            unknown: Any = None
+            return super().get_placeholder_mask(unknown, inputs_embeds, image_features)
         mask_BL = input_ids == self.config.image_token_id
         # Features arrive flattened to (N * P, D) or as (N, P, D).
         _check_placeholders(mask_BL, image_features.numel() // image_features.shape[-1])
@@ -62,7 +63,7 @@ class MedVLMForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = MedVLMConfig
 
-    def __init__(self, config: MedVLMConfig) -> None:
+    def __init__(self, config: Any) -> None:
         from torch import nn
 
         LlavaPreTrainedModel.__init__(self, config)

@@ -48,15 +48,16 @@ class ConversationEncoder:
     def __init__(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, template: TemplateName, max_length: int
     ) -> None:
-        self.tokenizer = tokenizer
+        marks: Any = tokenizer  # its attributes are typed as anything that could be set
+        self.tokenizer = marks
         self.template = TEMPLATES[template]
         self.max_length = max_length
         self.image_tokens = recipe.model.image_tokens
         self.image_text = f"{IM_START}{IMAGE_MARK}{IM_END}" if recipe.model.mm_use_im_start_end else IMAGE_MARK
-        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
-        self.bos: str = tokenizer.bos_token or ""
-        self.eos: str = tokenizer.eos_token or ""
-        self.reserved = [m for m in (*special_marks(recipe), self.bos, self.eos, tokenizer.pad_token) if m]
+        self.image_id: int = marks.convert_tokens_to_ids(IMAGE_MARK)
+        self.bos: str = marks.bos_token or ""
+        self.eos: str = marks.eos_token or ""
+        self.reserved: list[str] = [m for m in (*special_marks(recipe), self.bos, self.eos, marks.pad_token) if m]
 
     def encode(self, turns: Sequence[Turn], sample_id: str) -> Encoded:
         """Ids and labels of a conversation that ends with an answer; only answers carry loss.

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,8 @@ def quiet_libraries(processes: int) -> None:
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
+    # DeepSpeed calls collectives by names that torch renames; the warning comes anew at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

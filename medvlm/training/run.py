@@ -253,6 +253,7 @@ def _fit(
         click.echo(f"going on from step {latest[0]} of {plan.steps}", err=True)
     progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
     checkpoints = job.recipe.checkpoints
+    pad_id: Any = start.tokenizer.pad_token_id
     with StopCallback() as stop:
         trainer = StageTrainer(
             job.recipe,
@@ -261,7 +262,7 @@ def _fit(
             model=start.model,
             args=arguments,
             train_dataset=training_set,
-            data_collator=functools.partial(collate, pad_id=start.tokenizer.pad_token_id),
+            data_collator=functools.partial(collate, pad_id=pad_id),
             callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s)],
         )
         try:

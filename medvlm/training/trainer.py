@@ -45,9 +45,10 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each part of the model."""
-        if self.optimizer is None:
-            groups = parameter_groups(self.model if model is None else model, self._recipe, self._stage)
-            self.optimizer = torch.optim.AdamW(groups, lr=self._stage.learning_rate)
+        opt_model: Any = self.model if model is None else model
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(opt_model, self._recipe, self._stage), lr=self._stage.learning_rate
+        )
         return self.optimizer
 
     def compute_loss(
