@@ -197,7 +197,9 @@ class Stage(_Section):
     max_grad_norm: Annotated[float, Field(gt=0)]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """``auto``: bf16 on a GPU that has it, fp16 on another, fp32 on the CPU."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    zero_stage: Annotated[int, Field(ge=0, le=3), SIZE]
+    """How far DeepSpeed splits optimiser state (1), gradients (2) and weights (3) over processes. A size: it
+    decides how much each process holds, and a test holds that the losses are the same."""
     offload_optimizer: bool
     gradient_checkpointing: Literal["auto", "on", "off"]
     """``auto``: on where a GPU's memory is what is scarce, off on the CPU."""
