@@ -98,3 +98,42 @@ def test_broken_settings_name_the_key(tmp_path: Path) -> None:
 
 def test_the_shipped_settings_are_the_sample() -> None:
     assert read_settings(Path(__file__).parents[1] / "params.yaml") == Settings.sample()
+
+
+def test_a_row_that_is_not_json_fails_by_its_line_after_the_others_were_fetched(
+    tmp_path: Path, real_data: Path
+) -> None:
+    mirror = real_data / "pmc_mirror"
+    good = (mirror / "pmc_urls.jsonl").read_text("utf-8").splitlines()[0]
+    urls = tmp_path / "urls.jsonl"
+    urls.write_text(f"{good}\n{{not json\n")
+    command = ["--workspace", str(tmp_path / "w"), "fetch", "--urls", str(urls)]
+    command += ["--store", str(mirror / "pmc-oa-opendata"), "--json"]
+    done = medvlm(*command)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["by_status"] == {"bad_row": 1, "ok": 1}
+    assert "line 2" in done.stderr and str(urls) in done.stderr and "next:" in done.stderr
+    assert medvlm(*command, "--tolerate-bad-rows").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("store", "words"), [("/no/such/folder", "not a folder"), ("http://127.0.0.1:9", "does not answer")]
+)
+def test_a_store_out_of_reach_is_one_readable_error(tmp_path: Path, store: str, words: str) -> None:
+    urls = tmp_path / "urls.jsonl"
+    urls.write_text("PMC1\n")
+    done = medvlm("--workspace", str(tmp_path / "w"), "fetch", "--urls", str(urls), "--store", store)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert not list((tmp_path / "w").rglob("*.parquet"))
+
+
+def test_an_empty_dataset_is_refused_before_training(tmp_path: Path) -> None:
+    from medvlm.records import Sample
+    from medvlm.store import Workspace, write_records
+
+    write_records(Workspace(tmp_path / "w").samples("alignment"), Sample, [])
+    done = medvlm("--workspace", str(tmp_path / "w"), "train", "--recipe", "tiny-llava-med", "--stage", "1")
+    assert done.returncode == 1
+    assert "no training samples" in done.stderr
+    assert not list((tmp_path / "w").rglob("*.safetensors"))

@@ -29,7 +29,14 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 @click.group()
 def dataset() -> None:
-    """Build and describe training datasets and benchmarks."""
+    """Build and describe training datasets and benchmarks.
+
+    \b
+    Examples:
+      medvlm dataset build alignment --official alignment_500k.json
+      medvlm dataset build-benchmark vqa-rad --source ~/data/vqa-rad
+      medvlm dataset describe alignment
+    """
 
 
 @dataset.command("build")

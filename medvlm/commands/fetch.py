@@ -39,6 +39,7 @@ from medvlm.store import Report, Workspace
 @click.option("--captions/--no-captions", default=True, help="Read captions and mentions from the articles' XML.")
 @click.option("--shard", help="Fetch one part only, such as 3/16. Then run once without it to put all in place.")
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs fetched.")
+@click.option("--tolerate-bad-rows", is_flag=True, help="Exit 0 although rows of the list cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
 @click.pass_obj
 def fetch(
@@ -55,6 +56,7 @@ def fetch(
     captions: bool,
     shard: str | None,
     fresh: bool,
+    tolerate_bad_rows: bool,
     as_json: bool,
 ) -> None:
     """Fetch the figures of a URL list from the PMC Cloud Service.
@@ -81,6 +83,7 @@ def fetch(
     """
     from medvlm.data.articles import FetchSettings
     from medvlm.data.figures import fetch_figures
+    from medvlm.data.lists import refuse_bad_rows
     from medvlm.data.objects import StoreLimits
 
     workspace = Workspace(Path(obj))
@@ -100,6 +103,8 @@ def fetch(
         print_json(_summary(report))
     else:
         _print(report, out or workspace.figures)
+    if not tolerate_bad_rows and report.details["by_status"].get("bad_row"):
+        refuse_bad_rows((out or workspace.figures) / "outcomes", urls)
 
 
 @contextmanager

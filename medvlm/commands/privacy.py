@@ -12,7 +12,13 @@ from medvlm.store import Workspace
 
 @click.group()
 def privacy() -> None:
-    """Flag burned-in text for review, and take identifiers out of DICOM files."""
+    """Flag burned-in text for review, and take identifiers out of DICOM files.
+
+    \b
+    Examples:
+      medvlm privacy flag
+      medvlm privacy deidentify scan.dcm clean.dcm
+    """
 
 
 @privacy.command("flag")

@@ -20,11 +20,12 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from medvlm.errors import InputError
 from medvlm.records import FetchOutcome, FetchStatus, FigureRef
 
-__all__ = ["ArticleRows", "ListIndex", "index_list", "parse_row", "read_refs", "refused"]
+__all__ = ["ArticleRows", "ListIndex", "index_list", "parse_row", "read_refs", "refuse_bad_rows", "refused"]
 
 PMCID = re.compile(r"PMC([1-9]\d{0,11})\Z")
 PANEL = re.compile(r"(PMC[1-9]\d{0,11})_(Fig\w*?)(?:_(\d+))?(?:\.\w{2,5})?\Z", re.IGNORECASE)
@@ -266,4 +267,27 @@ def index_list(path: Path, *, block_rows: int, part: tuple[int, int] = (1, 1)) -
         order=order.astype(np.int64),
         starts=np.r_[starts, len(order)].astype(np.int64),
         bad=chosen[ids[chosen] == BAD_ARTICLE].astype(np.int64),
+    )
+
+
+def refuse_bad_rows(outcomes: Path, urls: Path) -> None:
+    """Make rows that nobody can read an error, once all others have been fetched.
+
+    Args:
+        outcomes: Shards of ``FetchOutcome`` records of the list.
+        urls: The list, for the message.
+
+    Raises:
+        InputError: There are such rows; it names the first three lines.
+    """
+    found = pq.read_table(outcomes, columns=["row", "detail"], filters=[("status", "=", "bad_row")])
+    if not found.num_rows:
+        return
+    first = [f"line {row['row'] + 1}: {row['detail']}" for row in found.slice(0, 3).to_pylist()]
+    more = f", and {found.num_rows - 3:,} more" if found.num_rows > 3 else ""
+    raise InputError(
+        f"{found.num_rows:,} rows of the list cannot be read: {'; '.join(first)}{more}",
+        where=str(urls),
+        hint="mend the lines and run the same command again (what was fetched is kept), "
+        "or accept the loss with --tolerate-bad-rows",
     )

@@ -1,11 +1,8 @@
 """Group `ingest`: from the URL list to figures with licences and captions."""
 
-import itertools
-
 import dagster as dg
 
-from medvlm.records import Figure
-from medvlm.store import Workspace, iterate_records, read_report
+from medvlm.store import Workspace, read_report
 from orchestration.metadata import markdown_table, materialized, picture
 from orchestration.resources import DvcProject
 
@@ -40,15 +37,14 @@ def figures(context: dg.AssetExecutionContext, project: DvcProject) -> dg.Materi
         {
             "outcomes": markdown_table(("status", "rows"), list(details.get("by_status", {}).items())),
             "licences": markdown_table(("licence", "figures"), list(details.get("by_licence", {}).items())),
-            "contact sheet": picture(contact_sheet_png(workspace), "The first figures"),
+            "contact sheet": picture(contact_sheet(workspace), "The first figures"),
         },
     )
 
 
-def contact_sheet_png(workspace: Workspace) -> bytes:
+def contact_sheet(workspace: Workspace) -> bytes:
     """PNG of the first figures of the shards."""
-    # Pillow and NumPy are not for the loading of the definitions.
-    from medvlm.data.contact_sheet import contact_sheet
+    # Pillow is not for the loading of the definitions.
+    from medvlm.data.contact_sheet import sheet_of_shards
 
-    figures = itertools.islice(iterate_records(workspace.figure_shards, Figure), CONTACT_SHEET_FIGURES)
-    return contact_sheet(list(figures))
+    return sheet_of_shards(workspace.figure_shards, most=CONTACT_SHEET_FIGURES)

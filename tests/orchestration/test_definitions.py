@@ -25,7 +25,8 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
         return {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}  # type: ignore[attr-defined]
 
     assert parents("figures") == {"sample_corpus"}
-    assert parents("alignment_dataset") == parents("instruct_dataset") == {"figures"}
+    assert parents("alignment_dataset") == parents("instruct_dataset") == {"figures", "benchmark_items"}
+    assert parents("leakage_report") == {"alignment_dataset", "instruct_dataset", "benchmark_items"}
     assert parents("stage1_checkpoint") == {"alignment_dataset"}
     assert parents("stage2_checkpoint") == {"stage1_checkpoint", "instruct_dataset"}
     assert parents("stage3_checkpoint") == {"stage2_checkpoint", "benchmark_items"}
@@ -62,7 +63,7 @@ def test_training_is_partitioned_by_recipe_and_takes_turns(graph: object) -> Non
 
 def test_every_stage_that_an_asset_names_is_in_dvc_yaml() -> None:
     stages = set(yaml.safe_load((PROJECT_ROOT / "dvc.yaml").read_text("utf-8"))["stages"])
-    assert stages >= {"corpus", "figures", "alignment", "instruct", "benchmark", "recipe", "leaderboard"}
+    assert stages >= {"corpus", "figures", "alignment", "instruct", "benchmark", "recipe", "leaderboard", "leakage"}
     assert stages >= {"stage1", "stage2", "stage3", "predict", "score"}
     assert stages >= {f"contract-{name}" for name in ("figures", "alignment", "instruct", "benchmark-items")}
     matrix = yaml.safe_load((PROJECT_ROOT / "dvc.yaml").read_text("utf-8"))["stages"]["predict"]["matrix"]
