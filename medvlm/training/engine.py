@@ -8,13 +8,15 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from medvlm.errors import TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 
-__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepare_environment", "quiet_libraries"]
+__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepared_environment", "quiet_libraries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,13 @@ class Engine:
         )
 
 
-def prepare_environment() -> None:
-    """Set what DeepSpeed reads from the environment, before it is imported; a launcher's values are kept."""
+@contextmanager
+def prepared_environment() -> Generator[None]:
+    """What DeepSpeed reads from the environment, set before it is imported; a launcher's values are kept.
+
+    A single process is its own launcher, which saves the launcher's start. Its rank and port are taken away
+    at the end: a process that it starts later is not a rank of this job.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -55,19 +62,27 @@ def prepare_environment() -> None:
     # What accelerate would choose, with a warning.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    if "RANK" not in os.environ:
-        # One process: it is its own launcher, which saves the launcher's start.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+    own = {} if "RANK" in os.environ else _single_rank()
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+
+
+def _single_rank() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
@@ -143,21 +158,21 @@ def deepspeed_config(stage: Stage, engine: Engine) -> dict[str, Any]:
     }
 
 
-def quiet_libraries(processes: int) -> None:
-    """Send the libraries' logs to standard error, warnings only, and avoid a compile that one process does not need."""
+def quiet_libraries() -> None:
+    """Send the libraries' logs to standard error, warnings only, and avoid a compile that no run needs."""
     for name in ("deepspeed", "DeepSpeed", "transformers", "accelerate"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.__stdout__):
                 handler.setStream(sys.stderr)
     # DeepSpeed calls collectives by names that torch renames; the warning comes anew at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if processes == 1 and importlib.util.find_spec("deepspeed"):
+    if importlib.util.find_spec("deepspeed"):
         from deepspeed.ops import __compatible_ops__ as compatible
 
-        # The shared-memory all-reduce between processes of one host: a minute or two of g++ otherwise.
+        # The shared-memory all-reduce of CPU processes: minutes of g++ at the first run, and gloo does it too.
         compatible["deepspeed_shm_comm"] = False

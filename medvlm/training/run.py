@@ -21,7 +21,7 @@ from medvlm.config import load_recipe, recipe_differences, stage_yaml
 from medvlm.errors import CheckpointError, MedVLMError, OutOfMemory, TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
-from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepare_environment, quiet_libraries
+from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepared_environment, quiet_libraries
 from medvlm.training.resume import Scratch
 
 if TYPE_CHECKING:
@@ -87,11 +87,14 @@ def run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh:
         CheckpointError: The stage before has no checkpoint, or one of another model.
         TrainingError: The dataset broke its contract, the run was stopped, the loss is not finite, memory is short.
     """
+    with prepared_environment():
+        return _run_stage(workspace.ensure(), recipe, stage_number, fresh=fresh)
+
+
+def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh: bool) -> Report:
     from medvlm.training.data import check_contract
 
     started = time.monotonic()
-    workspace.ensure()
-    prepare_environment()
     stage = recipe.stages[stage_number - 1]
     check_contract(workspace, stage)
     engine = choose_engine(recipe, stage)
@@ -189,6 +192,8 @@ def _start(job: _Job, samples: Sequence[StageSample]) -> Checkpoint:
 
 
 def _train(job: _Job, *, fresh: bool) -> _Trained:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
     from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
@@ -207,8 +212,12 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
         **parameter_counts(start.model),
     }
-    trainer, curve = _fit(job, start, training_set, plan, fresh=fresh)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    try:
+        trainer, curve = _fit(job, start, training_set, plan, fresh=fresh)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    finally:
+        # Else transformers would shard every model that this process builds or loads from now on (ZeRO-3).
+        unset_hf_deepspeed_config()
     tail = curve[-max(1, len(curve) // 20) :]
     loss = round(sum(point["loss"] for point in tail) / len(tail), 6)
     if job.engine.rank == 0:
@@ -236,7 +245,7 @@ def _fit(
 
     import torch.distributed as dist
 
-    quiet_libraries(job.engine.processes)
+    quiet_libraries()
     from medvlm.training.collate import collate
     from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
 

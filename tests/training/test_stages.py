@@ -1,0 +1,124 @@
+"""Three stages of the twin: what they write, that they learn, and the stored losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from twin_case import STEPS, TrainedTwin
+
+from medvlm.models.checkpoint import load_checkpoint
+from medvlm.store import read_report
+from medvlm.training.run import run_stage
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def test_twenty_steps_give_the_stored_losses(trained: TrainedTwin) -> None:
+    losses = {
+        stage: [point["loss"] for point in report.details["curves"]["all"]]
+        for stage, report in zip(("align", "instruct"), trained.reports, strict=False)
+    }
+    if os.environ.get("MEDVLM_UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+    for stage, stored in json.loads(GOLDEN.read_text()).items():
+        assert len(stored) == STEPS
+        assert losses[stage] == pytest.approx(stored, abs=1e-4), stage
+
+
+def test_the_loss_falls(trained: TrainedTwin) -> None:
+    for report in trained.reports[:2]:
+        curve = report.details["curves"]["all"]
+        assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
+
+
+def test_reports_count_what_was_learned(trained: TrainedTwin) -> None:
+    align, instruct, finetune = trained.reports
+    assert align.counts["samples"] == 40 and align.counts["steps"] == STEPS and align.counts["truncated"] == 0
+    assert align.counts["parameters_trained"] == 192 * 128 + 128
+    assert instruct.counts["parameters_trained"] > 100_000
+    assert finetune.counts["samples"] == 80 and set(finetune.details["curves"]) == {"vqa-rad", "slake"}
+    for number, report in enumerate(trained.reports, start=1):
+        written = read_report(trained.workspace.stage("tiny-llava-med", number))
+        assert written is not None and written.fingerprint == report.fingerprint
+        assert report.versions["deepspeed"] and report.seed == 42
+
+
+def test_each_checkpoint_is_whole_and_its_scratch_gone(trained: TrainedTwin) -> None:
+    folders = [trained.workspace.checkpoint("tiny-llava-med", n) for n in (1, 2)]
+    folders += [trained.workspace.checkpoint("tiny-llava-med", 3, target) for target in ("vqa-rad", "slake")]
+    names = {"model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "recipe.yaml"}
+    for folder in folders:
+        assert names <= {path.name for path in folder.iterdir()}
+        metadata = json.loads((folder / "metadata.json").read_text())
+        assert metadata["fingerprint"] and metadata["git_commit"] and math.isfinite(metadata["metrics"]["loss"])
+    assert not list(trained.workspace.scratch("train").rglob("checkpoint-*"))
+
+
+def test_alignment_moves_the_projector_only(trained: TrainedTwin) -> None:
+    from medvlm.models.checkpoint import build_model
+
+    folder = trained.workspace.checkpoint("tiny-llava-med", 1)
+    tokenizer = load_checkpoint(folder).tokenizer
+    start = build_model(trained.recipe, tokenizer).state_dict()
+    after = load_file(folder / "model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, start[name])}
+    assert moved == {"model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias"}
+
+
+def test_instruction_tuning_leaves_the_tower_alone(trained: TrainedTwin) -> None:
+    before, after = (load_file(trained.workspace.checkpoint("tiny-llava-med", n) / "model.safetensors") for n in (1, 2))
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith("model.vision_tower."), name
+
+
+def test_a_finished_stage_is_kept(trained: TrainedTwin) -> None:
+    again = run_stage(trained.workspace, trained.recipe, 1)
+    assert again.details["reused"] == ["all"]
+    assert again.details["curves"] == trained.reports[0].details["curves"]
+    assert again.fingerprint == trained.reports[0].fingerprint
+
+
+def test_deepspeed_agrees_with_plain_torch(trained: TrainedTwin) -> None:
+    """The first steps of alignment, written out: AdamW, warm-up and cosine, gradients clipped at 1."""
+    from medvlm.models.checkpoint import build_model
+    from medvlm.models.vision import ImageProcessor
+    from medvlm.training.collate import ConversationEncoder, collate
+    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
+    from medvlm.training.objectives import answer_loss
+    from medvlm.training.params import freeze, rate_ratio
+
+    recipe, stage = trained.recipe, trained.recipe.stages[0]
+    tokenizer = load_checkpoint(trained.workspace.checkpoint("tiny-llava-med", 1)).tokenizer
+    model = build_model(recipe, tokenizer).train()
+    freeze(model, stage)
+    samples = read_stage_samples([trained.workspace.samples("alignment")], stage, recipe.seed)
+    plan = StagePlan(samples, stage, recipe.seed)
+    encoder = ConversationEncoder(recipe, tokenizer, stage.template, stage.max_length)
+    rows = TrainingSet(samples, plan, encoder, PixelStore(ImageProcessor.of(recipe.model.vision_tower)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    peak = stage.learning_rate * rate_ratio(recipe, "projector")
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    losses: list[float] = []
+    for step in range(6):
+        start = step * stage.global_batch
+        batch = collate([rows[start + i] for i in range(stage.global_batch)], tokenizer.pad_token_id)
+        del batch["sample_ids"]
+        warmup = math.ceil(stage.warmup_ratio * STEPS)
+        progress = max(0, step - warmup) / (STEPS - warmup)
+        rate = peak * (step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = answer_loss(model, batch, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    curve = trained.reports[0].details["curves"]["all"]
+    assert [point["loss"] for point in curve[:6]] == pytest.approx(losses, abs=1e-4)
