@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 
     from medvlm.models.vlm import MedVLMForConditionalGeneration
 
-__all__ = ["Checkpoint", "attention_implementation", "build_model", "git_commit", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "attention_implementation",
+    "build_model",
+    "decoder_config",
+    "git_commit",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 RANDOM = "random"
 
@@ -64,7 +73,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
 
     attention = attention_implementation()
     tower, decoder = _published_tower(recipe, attention), _published_decoder(recipe, attention)
-    text_config: Any = decoder.config if decoder is not None else _decoder_config(recipe, tokenizer)
+    tokens: Any = tokenizer
+    marks = {name: getattr(tokens, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    vocab_size = max(recipe.model.tokenizer.vocab_size, len(tokenizer))
+    text_config: Any = decoder.config if decoder is not None else decoder_config(recipe, vocab_size, marks)
     make_config: Any = MedVLMConfig  # its generated signature is unknown to type checkers
     config = make_config(
         vision_config=tower.config if tower is not None else tower_config(recipe.model.vision_tower),
@@ -74,11 +86,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
         image_seq_length=recipe.model.image_tokens,
         vision_feature_layer=recipe.model.vision_tower.feature_layer,
         vision_feature_select_strategy="default" if recipe.model.vision_tower.feature_select == "patch" else "full",
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
         dtype="float32",
+        **marks,
     )
     # The public argument exists on from_pretrained only; this is where transformers keeps the choice.
     config._attn_implementation = attention
@@ -99,13 +109,20 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
     return model
 
 
-def _decoder_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def decoder_config(recipe: Recipe, vocab_size: int, marks: Mapping[str, int | None]) -> PretrainedConfig:
+    """The transformers configuration of a recipe's language model.
+
+    Args:
+        recipe: Gives the sizes.
+        vocab_size: Rows of the embedding.
+        marks: ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``, where they are known.
+    """
     from transformers import CONFIG_MAPPING
 
     spec = recipe.model.language_model
     make_config: Any = CONFIG_MAPPING[spec.architecture]
     return make_config(
-        vocab_size=max(recipe.model.tokenizer.vocab_size, len(tokenizer)),
+        vocab_size=vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.mlp_size,
         num_hidden_layers=spec.layers,
@@ -115,9 +132,7 @@ def _decoder_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pretr
         # Keeps what a layer puts out as large as what it reads, at any width.
         initializer_range=1 / math.sqrt(spec.hidden_size),
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **marks,
     )
 
 
@@ -136,6 +151,7 @@ def _published_decoder(recipe: Recipe, attention: str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.weights,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
             attn_implementation=attention,
             dtype=torch.float32,
@@ -200,6 +216,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         loaded: Any = MedVLMForConditionalGeneration.from_pretrained(
             folder,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
             attn_implementation=attention_implementation(),
             dtype=torch.float32,
