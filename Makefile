@@ -53,7 +53,7 @@ demo: install
 	@echo
 	@echo "Next:"
 	@echo "  make dev     the lineage, every run and its loss curve in the Dagster UI, http://127.0.0.1:3000"
-	@echo "  make dash    figures, contracts, scores and the worst answers, http://127.0.0.1:8501"
+	@echo "  make dash    figures, contracts, scores, the worst answers, and the chat, http://127.0.0.1:8501"
 
 lint: install-test
 	ruff format --check .
