@@ -1,10 +1,12 @@
-"""The jobs, as verbs: rebuild the data, train a recipe, evaluate it, refresh the leaderboard."""
+"""The jobs, as verbs: rebuild the data, recheck it, train a recipe, evaluate it, refresh the leaderboard."""
 
 import dagster as dg
 
+from orchestration.resources import DvcProject
+
 rebuild_data = dg.define_asset_job(
     "rebuild_data",
-    dg.AssetSelection.groups("ingest", "datasets"),
+    dg.AssetSelection.groups("ingest", "datasets") - dg.AssetSelection.assets("figure_parts"),
     description="From the URL list to datasets and benchmark items, contracts included.",
 )
 
@@ -26,4 +28,21 @@ refresh_leaderboard = dg.define_asset_job(
     description="All scores so far beside the published ones.",
 )
 
-all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard]
+
+@dg.op
+def recheck_figures_op(context: dg.OpExecutionContext, project: DvcProject) -> None:
+    """Take retracted and relicensed figures out of the shards, and tell DVC that this was meant."""
+    settings = project.settings
+    store = settings.figures.store
+    project.run(context, ["medvlm", "--workspace", settings.workspace, "recheck", "--store", store])
+    # The figures' own hash changes here, so the next build of each dataset sees changed inputs.
+    project.run(context, ["python", "-m", "dvc", "commit", "--force", "figures"])
+
+
+@dg.job(description="Looks for retractions and licence changes since the fetch; the next dataset build obeys.")
+def recheck_figures() -> None:
+    """One look at every article that figures were kept of."""
+    recheck_figures_op()
+
+
+all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, recheck_figures]

@@ -1,4 +1,4 @@
-"""The partitions: one for each recipe, one for each recipe and benchmark."""
+"""The partitions: parts of the URL list, recipes, and recipes by benchmark."""
 
 import dagster as dg
 
@@ -11,3 +11,7 @@ recipes = dg.StaticPartitionsDefinition(recipe_names())
 evaluations = dg.MultiPartitionsDefinition(
     {"recipe": recipes, "benchmark": dg.StaticPartitionsDefinition(list(BENCHMARKS))}
 )
+
+PARTS = 16
+list_parts = dg.StaticPartitionsDefinition([f"{part}-of-{PARTS}" for part in range(1, PARTS + 1)])
+"""Parts of the URL list, such as ``3-of-16``: about 45,000 rows each of LLaVA-Med's list."""

@@ -63,21 +63,34 @@ class DvcProject(dg.ConfigurableResource):
             dagster.Failure: The stage failed; the message ends with the command's own last words.
         """
         before = self._locked(stage)
+        self.run(context, ["python", "-m", "dvc", "repro", "--single-item", stage], watch=watch)
+        after = self._locked(stage)
+        return StageRun(stage, ran=after != before, data_version=_data_version(after))
+
+    def run(self, context: Any, arguments: list[str], *, watch: bool = False) -> None:
+        """Run a command in the project folder, supervised; its output is passed on as it comes.
+
+        Args:
+            context: Of the asset, check or op; cancelling its run ends every process of the command.
+            arguments: Program and arguments, found in this environment first; never given to a shell.
+            watch: Open a Pipes session, so that a long job's progress appears in the UI live.
+
+        Raises:
+            dagster.Failure: It failed; the message ends with the command's own last words.
+        """
         with ExitStack() as stack:
             session = stack.enter_context(_pipes_session(context)) if watch else None
             environment = {**session.get_bootstrap_env_vars(), LISTENER_VARIABLE: LISTENER} if session else {}
-            command = stack.enter_context(_supervised_dvc(Path(self.root), stage, environment))
+            command = stack.enter_context(_supervised(Path(self.root), arguments, environment))
             seen = 0
             while command.wait(POLL_S) is None:
                 seen = _observe(context, session, seen)
             _observe(context, session, seen)
         if command.returncode:
             raise dg.Failure(
-                f"DVC stage {stage} ended with exit code {command.returncode}:\n{command.last_words}",
-                metadata={"stage": stage, "exit_code": command.returncode},
+                f"{' '.join(arguments)} ended with exit code {command.returncode}:\n{command.last_words}",
+                metadata={"exit_code": command.returncode},
             )
-        after = self._locked(stage)
-        return StageRun(stage, ran=after != before, data_version=_data_version(after))
 
     def changed_inputs(self, stage: str) -> list[str]:
         """Inputs of a stage that another stage has made anew since it last ran.
@@ -182,15 +195,8 @@ class _Command:
 
 
 @contextmanager
-def _supervised_dvc(root: Path, stage: str, environment: Mapping[str, str]) -> Iterator[_Command]:
-    command = _Command(
-        [
-            *(sys.executable, "-m", "orchestration.supervisor", "--"),
-            *(sys.executable, "-m", "dvc", "repro", "--single-item", stage),
-        ],
-        root,
-        environment,
-    )
+def _supervised(root: Path, arguments: list[str], environment: Mapping[str, str]) -> Iterator[_Command]:
+    command = _Command([sys.executable, "-m", "orchestration.supervisor", "--", *arguments], root, environment)
     try:
         yield command
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from orchestration.jobs import train_recipe
+from orchestration.jobs import recheck_figures, train_recipe
 from orchestration.resources import DvcProject
 
 
@@ -30,3 +30,12 @@ def weekly_retraining(
             )
     if not requested:
         yield dg.SkipReason("no recipe of params.yaml has changed inputs since it was trained")
+
+
+nightly_recheck = dg.ScheduleDefinition(
+    name="nightly_recheck",
+    job=recheck_figures,
+    cron_schedule="0 3 * * *",
+    default_status=dg.DefaultScheduleStatus.STOPPED,
+    description="Every night at 03:00: drop figures of articles that were retracted or relicensed.",
+)

@@ -4,6 +4,7 @@ import dagster as dg
 
 from medvlm.store import Workspace, read_report
 from orchestration.metadata import markdown_table, materialized, picture
+from orchestration.partitions import list_parts
 from orchestration.resources import DvcProject
 
 CONTACT_SHEET_FIGURES = 40
@@ -20,7 +21,28 @@ def sample_corpus(context: dg.AssetExecutionContext, project: DvcProject) -> dg.
     return materialized(run, project.workspace.corpus)
 
 
-@dg.asset(group_name="ingest", kinds={"parquet", "s3"}, owners=["team:data"], deps=[sample_corpus])
+@dg.asset(
+    group_name="ingest",
+    kinds={"s3"},
+    owners=["team:data"],
+    deps=[sample_corpus],
+    partitions_def=list_parts,
+)
+def figure_parts(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """One part of a long URL list, fetched ahead. Not needed for a short one.
+
+    A backfill spreads the parts over the workers of any executor that share the workspace. They
+    wait in scratch until `figures` puts them in place without fetching anything again.
+    """
+    settings = project.settings
+    part = context.partition_key
+    arguments = ["medvlm", "--workspace", settings.workspace, "fetch", "--urls", settings.figures.urls]
+    arguments += ["--store", settings.figures.store, "--policy", settings.figures.policy]
+    project.run(context, [*arguments, "--shard", part.replace("-of-", "/")], watch=True)
+    return dg.MaterializeResult(metadata={"part": part})
+
+
+@dg.asset(group_name="ingest", kinds={"parquet", "s3"}, owners=["team:data"], deps=[sample_corpus, figure_parts])
 def figures(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
     """Figures of the URL list with caption, mentions, licence and provenance; one outcome a row.
 

@@ -24,7 +24,7 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
     def parents(name: str) -> set[str]:
         return {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}  # type: ignore[attr-defined]
 
-    assert parents("figures") == {"sample_corpus"}
+    assert parents("figures") == {"sample_corpus", "figure_parts"}
     assert parents("alignment_dataset") == parents("instruct_dataset") == {"figures", "benchmark_items"}
     assert parents("leakage_report") == {"alignment_dataset", "instruct_dataset", "benchmark_items"}
     assert parents("stage1_checkpoint") == {"alignment_dataset"}
