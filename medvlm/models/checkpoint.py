@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -203,6 +204,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: It is absent or incomplete, or its weights do not cover the model exactly.
     """
+    # Before torch is imported: threads that wait shall sleep, see medvlm.training.engine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from medvlm.models.vlm import MedVLMForConditionalGeneration
