@@ -137,3 +137,10 @@ def test_an_empty_dataset_is_refused_before_training(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no training samples" in done.stderr
     assert not list((tmp_path / "w").rglob("*.safetensors"))
+
+
+def test_the_demo_leaves_the_shipped_settings_byte_for_byte(tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[1] / "params.yaml").read_bytes()
+    path = tmp_path / "params.yaml"
+    assert medvlm("configure", "--sample", "--recipe", "tiny-llava-med", "--file", str(path)).returncode == 0
+    assert path.read_bytes() == shipped
