@@ -8,9 +8,11 @@ road that broke, walk it again.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import dagster as dg
@@ -28,7 +30,7 @@ def walk(recipe: str) -> None:
     """Materialise every asset of a recipe and print how long each took."""
     from orchestration.definitions import PROJECT_ROOT, defs
 
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT / ".dagster"))
+    _ensure_home(Path(os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT / ".dagster"))))
     began = time.monotonic()
     rows: list[tuple[str, float]] = []
     with dg.DagsterInstance.get() as instance:
@@ -45,6 +47,14 @@ def walk(recipe: str) -> None:
         click.echo(f"  {seconds:7.1f} s  {name}")
     click.echo(f"  {time.monotonic() - began:7.1f} s  in all")
     click.echo(RESEARCH_USE_ONLY)
+
+
+def _ensure_home(home: Path) -> None:
+    """Make the instance's folder, with our settings, where there is none yet."""
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        shutil.copyfile(Path(__file__).with_name("dagster.yaml"), settings)
 
 
 def _runs(recipe: str) -> Iterator[tuple[str, str | None]]:
