@@ -12,7 +12,10 @@ from medvlm.data.objects import StoreLimits
 from medvlm.records import FetchOutcome, Figure
 from medvlm.store import Report, read_records
 
-QUICK = StoreLimits(timeout_s=0.4, attempts=3, backoff_s=0.01)
+QUICK = StoreLimits(timeout_s=30, attempts=3, backoff_s=0.01)
+"""Retries at once, but waits as long as a busy machine may need."""
+HASTY = StoreLimits(timeout_s=0.4, attempts=3, backoff_s=0.01)
+"""For a server that stalls on purpose."""
 
 
 def write_list(folder: Path, rows: list[str]) -> Path:
@@ -50,8 +53,10 @@ def fetch_one(
 ) -> tuple[FetchOutcome, list[Figure]]:
     """The outcome of a list with one row."""
     out = tmp_path / "out"
+    stalls = any(one.kind == "stall" for one in (fault or {}).values())
+    limits = kwargs.pop("limits", HASTY if stalls else QUICK)
     with BucketServer(objects, faults=fault or {}) as server:
-        fetch_figures(write_list(tmp_path, [row]), server.url, out, limits=kwargs.pop("limits", QUICK), **kwargs)
+        fetch_figures(write_list(tmp_path, [row]), server.url, out, limits=limits, **kwargs)
     (outcome,) = outcomes(out)
     return outcome, figures(out)
 
