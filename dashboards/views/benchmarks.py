@@ -146,7 +146,7 @@ def _slices(scores: pd.DataFrame, rules: dict[str, str]) -> None:
         x=alt.X("value:Q", title="per cent", scale=alt.Scale(domain=[0, 100])),
         tooltip=["model:N", alt.Tooltip("name:N", title="slice"), alt.Tooltip("value:Q", format=".1f"), "n:Q"],
     )
-    height = 110 + (16 + 14 * part["model"].nunique()) * len(names)
+    height = 150 + (16 + 14 * part["model"].nunique()) * len(names)
     st.altair_chart(bars.properties(height=height), alt=f"Scores by {tidy(str(field))}")
 
 
