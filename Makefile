@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 # A stage of dvc.yaml calls `medvlm` and `python`: those of this environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-test demo test lint dev dash bench clean
+.PHONY: help install install-test demo test lint dev dash clean
 
 help:
 	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE): URLs to scored benchmarks"
