@@ -100,8 +100,7 @@ class ChatModel:
         # Only the first question may bring the image in; a mark typed later is taken apart.
         first = f"{IMAGE_MARK}\n{_without_marks(turns[0].text)}"
         clean = [Turn("user", first), *(Turn(turn.role, _without_marks(turn.text)) for turn in turns[1:])]
-        # prompt() of the encoder takes a single question; the rendering below it takes them all.
-        ids = self._encoder._tokens(clean)[0]  # pyright: ignore[reportPrivateUsage]
+        ids = self._encoder.prompt(clean)
         room = self._positions - len(ids)
         if room < 1:
             raise InputError(

@@ -88,9 +88,14 @@ class ConversationEncoder:
             )
         return Encoded(ids, labels, cut)
 
-    def prompt(self, text: str) -> list[int]:
-        """Ids of one question, up to where the answer begins; ``text`` holds ``<image>`` once."""
-        return self._tokens([Turn("user", text)])[0]
+    def prompt(self, text: str | Sequence[Turn]) -> list[int]:
+        """Ids up to where the answer begins.
+
+        Args:
+            text: One question, or a conversation that ends with one. ``<image>`` stands in it once, or
+                not at all where no image belongs to it.
+        """
+        return self._tokens([Turn("user", text)] if isinstance(text, str) else text)[0]
 
     def _check(self, turns: Sequence[Turn], sample_id: str) -> None:
         roles = [turn.role for turn in turns]

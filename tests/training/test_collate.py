@@ -61,6 +61,16 @@ def test_a_prompt_is_the_beginning_of_the_training_sequence() -> None:
     assert encoded.labels[len(prompt)] != IGNORED
 
 
+def test_a_prompt_of_several_turns_is_the_beginning_of_the_longer_sequence() -> None:
+    turns = (QUESTION, ANSWER, Turn("user", "Why?"))
+    prompt = encoder(max_length=512).prompt(turns)
+    encoded = encoder(max_length=512).encode((*turns, Turn("assistant", "It is bright.")), "s")
+    assert encoded.ids[: len(prompt)] == prompt
+    assert encoded.labels[len(prompt)] != IGNORED
+    assert encoder().prompt([QUESTION]) == encoder().prompt(QUESTION.text)
+    assert encoder().image_id not in encoder().prompt([Turn("user", "Without an image?")])
+
+
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=80)
 
 
