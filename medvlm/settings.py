@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from medvlm.errors import InputError
 from medvlm.store import atomic_path
 
-__all__ = ["BENCHMARKS", "FigureSettings", "Settings", "read_settings", "write_settings"]
+__all__ = [
+    "BENCHMARKS",
+    "Evaluation",
+    "FigureSettings",
+    "PipelineItems",
+    "RecipeItem",
+    "Settings",
+    "read_settings",
+    "write_settings",
+]
 
 BENCHMARKS = ("vqa-rad", "slake", "pathvqa")
 
@@ -20,6 +29,8 @@ _HEADER = """\
 # `alignment` and `instruct` say where the text comes from: an official LLaVA-Med JSON file, joined
 # to the figures by pair_id, or the figure shards themselves (captions for alignment, rule-based
 # conversations for instruct).
+# `items` follows from `recipes`: what dvc.yaml repeats its stages over. After a change of `recipes` by
+# hand, run `medvlm configure`.
 """
 
 
@@ -31,6 +42,40 @@ class FigureSettings(BaseModel):
     urls: str
     store: str
     policy: Literal["research", "commercial", "any-oa"] = "research"
+
+
+class RecipeItem(BaseModel):
+    """What stage 3 of a recipe reads beside the checkpoint of stage 2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage3_data: str
+    """The result of the contract on its data: the data's fingerprint stands in it."""
+    stage3_part: str
+    """The trained router of a mixture of experts; for other recipes a file that stage 3 reads anyway."""
+
+
+class Evaluation(BaseModel):
+    """One recipe on one benchmark."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str
+    benchmark: str
+
+
+class PipelineItems(BaseModel):
+    """What dvc.yaml repeats its stages over; made by ``medvlm.pipeline``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipes: dict[str, RecipeItem] = {}
+    routers: list[str] = []
+    """Recipes with a domain router."""
+    preferences: list[str] = []
+    """Recipes that learn from preferences over their own answers."""
+    evaluations: dict[str, Evaluation] = {}
+    """By ``RECIPE-BENCHMARK``: each recipe on the benchmarks that it names."""
 
 
 class Settings(BaseModel):
@@ -45,6 +90,7 @@ class Settings(BaseModel):
     instruct: str
     benchmarks: dict[Literal["vqa-rad", "slake", "pathvqa"], str]
     recipes: list[str] = Field(min_length=1)
+    items: PipelineItems = PipelineItems()
 
     @classmethod
     def sample(cls, workspace: str = "workspace", recipes: list[str] | None = None) -> Settings:
@@ -58,7 +104,8 @@ class Settings(BaseModel):
             ),
             alignment=f"{corpus}/llava-med/alignment.json",
             instruct=f"{corpus}/llava-med/instruct.json",
-            benchmarks={name: f"{corpus}/{name}" for name in BENCHMARKS},
+            # One release holds SLAKE in both languages.
+            benchmarks={name: f"{corpus}/{name.removesuffix('-zh')}" for name in BENCHMARKS},
             recipes=recipes or ["tiny-llava-med"],
         )
 

@@ -1,4 +1,4 @@
-"""The whole road of one recipe, from URLs to the leaderboard, as Dagster runs on this machine.
+"""The whole road of one recipe or several, from URLs to the leaderboard, as Dagster runs on this machine.
 
     python -m orchestration.walk --recipe tiny-llava-med
 
@@ -11,30 +11,31 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 import dagster as dg
 
 from medvlm import RESEARCH_USE_ONLY
-from medvlm.settings import BENCHMARKS
+from medvlm.settings import Settings, read_settings
 
 # Each step's own output is what a person wants to read; Dagster's events are in the UI.
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 @click.command()
-@click.option("--recipe", default="tiny-llava-med", show_default=True)
-def walk(recipe: str) -> None:
-    """Materialise every asset of a recipe and print how long each took."""
+@click.option("--recipe", "recipes", multiple=True, help="One of params.yaml's; repeat for several. Default: all.")
+def walk(recipes: tuple[str, ...]) -> None:
+    """Materialise every asset of some recipes and print how long each took."""
     from orchestration.definitions import PROJECT_ROOT, defs
 
     _ensure_home(Path(os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT / ".dagster"))))
+    settings = read_settings(PROJECT_ROOT / "params.yaml")
     began = time.monotonic()
     rows: list[tuple[str, float]] = []
     with dg.DagsterInstance.get() as instance:
-        for job, partition in _runs(recipe):
+        for job, partition in _runs(settings, recipes or tuple(settings.recipes)):
             result = defs.resolve_job_def(job).execute_in_process(
                 instance=instance, partition_key=partition, raise_on_error=False, run_config=QUIET
             )
@@ -57,11 +58,13 @@ def _ensure_home(home: Path) -> None:
         shutil.copyfile(Path(__file__).with_name("dagster.yaml"), settings)
 
 
-def _runs(recipe: str) -> Iterator[tuple[str, str | None]]:
+def _runs(settings: Settings, recipes: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     yield "rebuild_data", None
-    yield "train_recipe", recipe
-    for benchmark in BENCHMARKS:
-        yield "evaluate", str(dg.MultiPartitionKey({"recipe": recipe, "benchmark": benchmark}))
+    for recipe in recipes:
+        yield "train_recipe", recipe
+        for item in settings.items.evaluations.values():
+            if item.recipe == recipe:
+                yield "evaluate", str(dg.MultiPartitionKey({"recipe": recipe, "benchmark": item.benchmark}))
     yield "refresh_leaderboard", None
 
 

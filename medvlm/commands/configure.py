@@ -13,10 +13,10 @@ from medvlm.cli import print_json
 @click.option("--urls", help="URL list: LLaVA-Med's jsonl, or a list of PMCIDs.")
 @click.option("--store", help="Where the figures are: a folder, http(s)://… or s3://….")
 @click.option("--policy", type=click.Choice(["research", "commercial", "any-oa"]), help="Licences that are kept.")
-@click.option("--alignment", help="Official alignment JSON; by default captions, once --urls is given.")
-@click.option("--instruct", help="Official instruction JSON; by default rule-based, once --urls is given.")
+@click.option("--alignment", help="Official alignment file or folder; by default captions, once --urls is given.")
+@click.option("--instruct", help="Official instruction file or folder; by default rule-based, once --urls is given.")
 @click.option("--vqa-rad", help="Folder of the VQA-RAD release.")
-@click.option("--slake", help="Folder that holds Slake1.0.")
+@click.option("--slake", help="Folder that holds Slake1.0, English and Chinese.")
 @click.option("--pathvqa", help="Folder of the PathVQA release.")
 @click.option("--recipe", "recipes", multiple=True, help="Recipe to build; repeat for several. Added to the list.")
 @click.option("--sample", is_flag=True, help="Begin from the synthetic sample corpus, not from the present settings.")
@@ -46,7 +46,7 @@ def configure(
       medvlm configure --urls pmc_urls.jsonl --store s3://pmc-oa-opendata
       medvlm configure --vqa-rad ~/data/vqa-rad --recipe tiny-llava-med
     """
-    from medvlm.config import load_recipe
+    from medvlm.pipeline import with_items
     from medvlm.settings import Settings, read_settings, write_settings
 
     settings = Settings.sample(workspace) if sample or not path.exists() else read_settings(path)
@@ -61,10 +61,8 @@ def configure(
     for key, value in (("vqa-rad", vqa_rad), ("slake", slake), ("pathvqa", pathvqa)):
         if value:
             values["benchmarks"][key] = value
-    for name in recipes:
-        load_recipe(name)
     values["recipes"] = list(dict.fromkeys([*(() if sample and recipes else values["recipes"]), *recipes]))
-    settings = Settings.model_validate(values)
+    settings = with_items(Settings.model_validate(values))
     write_settings(path, settings)
     if as_json:
         print_json(settings.model_dump())

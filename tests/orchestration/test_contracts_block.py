@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from medvlm.store import write_json
 from orchestration.assets.datasets import alignment_dataset, instruct_dataset
@@ -52,7 +53,7 @@ def downstream() -> dg.AssetsDefinition:
 
 
 def run(folder: Path, broken: list[str], downstream: dg.AssetsDefinition) -> dg.ExecuteInProcessResult:
-    write_settings(folder / "params.yaml", Settings.sample())
+    write_settings(folder / "params.yaml", with_items(Settings.sample()))
     assets = [alignment_dataset, downstream]
     checks = [c for c in contract_checks if next(iter(c.check_keys)).asset_key == dg.AssetKey("alignment_dataset")]
     return dg.materialize(

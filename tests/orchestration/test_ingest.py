@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from orchestration.assets.ingest import figure_parts, sample_corpus
 from orchestration.jobs import rebuild_data, recheck_figures
@@ -25,7 +26,7 @@ class Recording(DvcProject):
 @pytest.fixture
 def project(tmp_path: Path) -> Recording:
     ran.clear()
-    write_settings(tmp_path / "params.yaml", Settings.sample())
+    write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
     return Recording(root=str(tmp_path))
 
 

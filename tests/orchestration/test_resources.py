@@ -6,6 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from orchestration.resources import DvcProject, StageRun
 
@@ -36,7 +37,7 @@ def project(tmp_path: Path) -> DvcProject:
 
     (tmp_path / "dvc.yaml").write_text(DVC_YAML)
     (tmp_path / "job.py").write_text(JOB)
-    write_settings(tmp_path / "params.yaml", Settings.sample())
+    write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
     return DvcProject(root=str(tmp_path))
 
