@@ -32,7 +32,7 @@ SHOWN_EXAMPLES = 5
     help="Folder that holds everything the pipeline makes.",
 )
 @click.option("--benchmark", help="Only this benchmark (benchmark-items, predictions, scores).")
-@click.option("--recipe", help="Only this recipe (predictions, scores).")
+@click.option("--recipe", help="Only this recipe (preference, predictions, scores).")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 @click.option(
     "--docs/--no-docs",
@@ -57,6 +57,7 @@ def main(
       python -m data_contracts figures
       python -m data_contracts alignment instruct --docs
       python -m data_contracts benchmark-items --benchmark vqa-rad --json
+      python -m data_contracts preference --recipe tiny-stllava-med
       python -m data_contracts figures --accept      after a change of the data that is meant
     """
     from data_contracts.run import run_contract

@@ -15,6 +15,7 @@ from data_contracts.contract import (
     matches,
     unique,
 )
+from medvlm.errors import WorkspaceError
 from medvlm.records import PreferencePair
 from medvlm.store import Workspace
 
@@ -23,7 +24,14 @@ MAX_LENGTH_RATIO = 3.0
 
 
 def _targets(workspace: Workspace, selection: Selection) -> list[Target]:
-    return [Target("", (Table("pairs", workspace.samples("preference"), PreferencePair),))]
+    recipes = workspace.preference_recipes() if selection.recipe is None else [selection.recipe]
+    if not recipes:
+        raise WorkspaceError(
+            "the workspace holds no preference pairs",
+            where=str(workspace.dataset("preference")),
+            hint="run 'medvlm dataset build-preference --recipe NAME', or 'dvc repro' for all that is missing",
+        )
+    return [Target(name, (Table("pairs", workspace.preference_pairs(name), PreferencePair),)) for name in recipes]
 
 
 CONTRACT = Contract(

@@ -78,12 +78,25 @@ class Workspace:
         return self.figures / "outcomes"
 
     def dataset(self, name: str) -> Path:
-        """Step folder of a training dataset (``alignment``, ``instruct``, ``preference``)."""
+        """Step folder of a training dataset: ``alignment``, ``instruct`` or ``preference/<recipe>``."""
         return self.root / "datasets" / name
 
     def samples(self, name: str) -> Path:
         """Shards of a dataset's ``Sample`` (or ``PreferencePair``) records."""
         return self.dataset(name) / "samples"
+
+    def preference(self, recipe: str) -> Path:
+        """Step folder of the preference pairs that a recipe learns from: ``samples/`` and ``report.json``."""
+        return self.dataset(f"preference/{recipe}")
+
+    def preference_pairs(self, recipe: str) -> Path:
+        """Shards of a recipe's ``PreferencePair`` records."""
+        return self.preference(recipe) / "samples"
+
+    def preference_recipes(self) -> list[str]:
+        """Recipes whose preference pairs have been built, in order."""
+        folder = self.dataset("preference")
+        return sorted(path.parent.name for path in folder.glob("*/samples") if not path.parent.name.startswith("."))
 
     def benchmark(self, name: str) -> Path:
         """Step folder of a benchmark; its items of every split lie in ``items/``."""
@@ -114,7 +127,11 @@ class Workspace:
         return self.privacy / "flags"
 
     def contract(self, name: str) -> Path:
-        """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``."""
+        """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``.
+
+        Args:
+            name: Such as ``figures``; ``preference/<recipe>`` where a contract was run for one recipe.
+        """
         return self.root / "contracts" / name
 
     def recipe(self, name: str) -> Path:

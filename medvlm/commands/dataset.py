@@ -102,8 +102,11 @@ def build(
 
 
 @dataset.command("build-preference")
+@click.option("--recipe", required=True, help="Whose pairs these are, and whose model asks and answers.")
 @click.option("--official", type=click.Path(path_type=Path), help="STLLaVA-Med-DPO's JSON, joined to the figures.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The model that asks and answers.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="The model; the recipe's own after stage 2 by default."
+)
 @click.option("--about", default="instruct", show_default=True, help="The dataset whose images are asked about.")
 @click.option(
     "--ask",
@@ -130,6 +133,7 @@ def build(
 @click.pass_obj
 def build_preference(
     obj: str,
+    recipe: str,
     official: Path | None,
     checkpoint: Path | None,
     endpoint: bool,
@@ -138,28 +142,28 @@ def build_preference(
     as_json: bool,
     **asking: Any,
 ) -> None:
-    """Build preference pairs: published ones, or of a model that answers each question twice.
+    """Build a recipe's preference pairs: its model answers each question twice, or published ones.
 
     What people preferred in the chat is added. The judge's endpoint is named by the environment, as for
     'dataset build --endpoint'.
 
     \b
-    medvlm dataset build-preference --official stllava_dpo.json
-    medvlm dataset build-preference --checkpoint workspace/checkpoints/stllava-med/stage2/checkpoint/all
+    medvlm dataset build-preference --recipe tiny-llava-med --limit 200
+    medvlm dataset build-preference --recipe llava-med --official stllava_dpo.json
     """
     from medvlm.data import preference
     from medvlm.data.conversations import decisions
 
     workspace = Workspace(Path(obj)).ensure()
-    if (official is None) == (checkpoint is None):
-        raise click.UsageError("give either --official, the published JSON, or --checkpoint")
-    if checkpoint is None:
-        assert official is not None
+    if official and (checkpoint or endpoint):
+        raise click.UsageError("with --official, the published JSON, no model asks and none judges")
+    if official:
         rows = preference.join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
-        report = preference.build_preference(workspace, rows, official=official, keep_leaked=keep_leaked)
+        report = preference.build_preference(workspace, recipe, rows, official=official, keep_leaked=keep_leaked)
     else:
         access = ChatAccess(token_budget, concurrency=1) if endpoint else None
-        report = _ask_checkpoint(workspace, checkpoint, access, Asking(**asking), keep_leaked)
+        folder = checkpoint or workspace.checkpoint(recipe, 2)
+        report = _ask_checkpoint(workspace, recipe, folder, access, Asking(**asking), keep_leaked)
     _print_report(report, as_json)
 
 
@@ -198,7 +202,12 @@ class ChatAccess:
 
 
 def _ask_checkpoint(
-    workspace: Workspace, checkpoint: Path, access: ChatAccess | None, asking: Asking, keep_leaked: bool
+    workspace: Workspace,
+    recipe: str,
+    checkpoint: Path,
+    access: ChatAccess | None,
+    asking: Asking,
+    keep_leaked: bool,
 ) -> Report:
     from medvlm.data.conversations import count_rows
     from medvlm.data.judges import EndpointJudge, OverlapJudge
@@ -218,7 +227,7 @@ def _ask_checkpoint(
             ask=asking.ask,
             seed=asking.seed,
         )
-        return build_preference(workspace, rows, seed=asking.seed, keep_leaked=keep_leaked)
+        return build_preference(workspace, recipe, rows, seed=asking.seed, keep_leaked=keep_leaked)
 
 
 def _answering(
@@ -314,7 +323,7 @@ def describe(obj: str, target: str, as_json: bool) -> None:
 
 
 @dataset.command("split")
-@click.argument("name", type=click.Choice(["alignment", "instruct", "preference"]))
+@click.argument("name")
 @click.option("--validation", type=float, default=0.02, show_default=True, help="Share of the articles.")
 @click.option("--test", type=float, default=0.0, show_default=True, help="Share of the articles.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -72,7 +72,7 @@ def write_card(workspace: Workspace, name: str) -> Path:
 
     Args:
         workspace: Holds the dataset.
-        name: ``alignment``, ``instruct``, ``preference`` or a benchmark.
+        name: ``alignment``, ``instruct``, ``preference/<recipe>`` or a benchmark.
 
     Returns:
         The path of ``README.md``.
@@ -97,7 +97,7 @@ def write_card(workspace: Workspace, name: str) -> Path:
 
 def _readme(workspace: Workspace, name: str, shards: Path, report: Report) -> str:
     details = report.details
-    parts = [f"# {TITLES.get(name, f'Benchmark {name}')}", RESEARCH_USE_ONLY]
+    parts = [f"# {_title(name)}", RESEARCH_USE_ONLY]
     if details.get("synthetic"):
         parts.append("**Synthetic.** Drawn by code from the sample corpus; it shows no patient and proves nothing.")
     parts += ["## Counts", _table(("what", "rows"), report.counts.items())]
@@ -113,6 +113,12 @@ def _readme(workspace: Workspace, name: str, shards: Path, report: Report) -> st
     parts += ["## Left out", _dropped(details.get("dropped", {})), "## Leakage", _leakage(workspace, name)]
     parts += ["## Provenance", _provenance(report), "## Opening it", _opening(shards)]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str) -> str:
+    """A title for people; ``preference/<recipe>`` names its recipe."""
+    kind, _, recipe = name.partition("/")
+    return f"{TITLES[kind]}{f' ({recipe})' if recipe else ''}" if kind in TITLES else f"Benchmark {name}"
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
@@ -191,8 +197,8 @@ def croissant(name: str, shards: Path, report: Report) -> dict[str, Any]:
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
-        "name": name,
-        "description": f"{TITLES.get(name, f'Benchmark {name}')}. {RESEARCH_USE_ONLY}",
+        "name": name.replace("/", "-"),
+        "description": f"{_title(name)}. {RESEARCH_USE_ONLY}",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "license": licences or "unknown",
         "url": PMC,

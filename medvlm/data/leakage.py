@@ -51,7 +51,7 @@ class LeakedItem:
     item_id: str
     image_id: str
     training_set: str
-    """``alignment``, ``instruct``, ``preference``, or ``<benchmark>:<split>``."""
+    """``alignment``, ``instruct``, ``preference/<recipe>``, or ``<benchmark>:<split>``."""
     way: Way
     example: str
     """Id of a training row that touches it."""
@@ -178,8 +178,8 @@ def compare_releases(train: str, test: str, root: Path, *, radius: int = NEAR_RA
 def compare_workspace(workspace: Workspace, *, radius: int = NEAR_RADIUS) -> Report:
     """Compare every training set of a workspace with every benchmark's test items.
 
-    Training sets are ``alignment``, ``instruct`` and ``preference`` where they exist, and each
-    benchmark's train split. Writes ``LeakedItem`` records and ``report.json`` to the step folder.
+    Training sets are ``alignment``, ``instruct`` and each recipe's preference pairs where they exist,
+    and each benchmark's train split. Writes ``LeakedItem`` records and ``report.json`` to the step folder.
 
     Returns:
         The report; ``details["comparisons"]`` holds one ``Comparison`` for each pair.

@@ -60,6 +60,7 @@ Generate = Callable[[Sequence[GenerationRequest]], Sequence[str]]
 
 def build_preference(
     workspace: Workspace,
+    recipe: str,
     rows: Iterable[PreferencePair | Dropped],
     *,
     official: Path | None = None,
@@ -71,7 +72,8 @@ def build_preference(
     What people preferred in the chat of this workspace comes after the rows.
 
     Args:
-        workspace: Gets ``samples("preference")`` and its report.
+        workspace: Gets ``preference_pairs(recipe)`` and, beside them, the report.
+        recipe: Which learns from them.
         rows: Of ``join_preferences`` or ``self_preferences``.
         official: The published file, to report whether it is the published content.
         seed: Of the rows, for the report.
@@ -92,22 +94,23 @@ def build_preference(
             reasons = ", ".join(f"{reason}: {lost['count']}" for reason, lost in tally.details()["dropped"].items())
             raise InputError(
                 f"no preference pair came out; {reasons or 'there were no rows'}",
-                where="preference",
+                where=f"preference pairs of {recipe}",
                 hint="check that the figures were fetched, or raise the sampling temperature",
             )
 
-    write_records(workspace.samples("preference"), PreferencePair, counted())
+    folder = workspace.preference_pairs(recipe)
+    write_records(folder, PreferencePair, counted())
     details = tally.details() | {"synthetic": figures_are_synthetic(workspace)}
     details |= {"files": [official_state(official)]} if official else {}
     report = Report(
-        step="build preference",
+        step=f"build preference {recipe}",
         counts={"pairs": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")},
         details=details,
         seed=seed,
-        fingerprint=fingerprint(*shard_paths(workspace.samples("preference"))),
+        fingerprint=fingerprint(*shard_paths(folder)),
     )
-    report = write_report(workspace.dataset("preference"), report, started=started)
-    write_card(workspace, "preference")
+    report = write_report(workspace.preference(recipe), report, started=started)
+    write_card(workspace, f"preference/{recipe}")
     return report
 
 

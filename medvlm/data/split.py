@@ -82,7 +82,7 @@ def split_dataset(workspace: Workspace, name: str, *, validation: float, test: f
 
     Args:
         workspace: Holds the dataset.
-        name: ``alignment``, ``instruct`` or ``preference``.
+        name: ``alignment``, ``instruct`` or ``preference/<recipe>``.
         validation: Share of articles, as in ``split_rows``.
         test: Share of articles.
         seed: Decides which articles go where.
@@ -92,7 +92,7 @@ def split_dataset(workspace: Workspace, name: str, *, validation: float, test: f
         WorkspaceError: The dataset has not been built.
     """
     started = time.monotonic()
-    key = "pair_id" if name == "preference" else "sample_id"
+    key = "pair_id" if name.startswith("preference/") else "sample_id"
     listed: list[tuple[str, str, str]] = []
     for path in shard_paths(workspace.samples(name)):
         table = pq.read_table(path, columns=[key, "group_id", "image_sha256"])

@@ -160,7 +160,8 @@ def workspace_benchmarks(workspace: Workspace, *, none_is_fine: bool = False) ->
 
 def training_sets(workspace: Workspace) -> Iterable[Traces]:
     """Every training set that exists, one after the other: they can be large."""
-    for name in ("alignment", "instruct", "preference"):
+    preferences = [f"preference/{recipe}" for recipe in workspace.preference_recipes()]
+    for name in ("alignment", "instruct", *preferences):
         if workspace.samples(name).is_dir():
             yield _sample_traces(workspace, name)
     for name in workspace_benchmarks(workspace, none_is_fine=True):
@@ -213,8 +214,9 @@ def split_traces(workspace: Workspace, name: str, split: str) -> Traces:
 def _sample_traces(workspace: Workspace, name: str) -> Traces:
     """A training dataset's traces; its group is the article, its id the figure."""
     folder = workspace.samples(name)
-    row_id = "pair_id" if name == "preference" else "sample_id"
-    said = "[{'role': 'user', 'text': question}]" if name == "preference" else "turns"
+    of_pairs = name.startswith("preference/")
+    row_id = "pair_id" if of_pairs else "sample_id"
+    said = "[{'role': 'user', 'text': question}]" if of_pairs else "turns"
     rows = _rows(folder, f"SELECT {row_id}, image_sha256, image_phash, group_id FROM shards ORDER BY 1")  # noqa: S608
     traces = Traces(name, "figures")
     traces.row_id, traces.sha256, traces.phash = ([row[i] for row in rows] for i in range(3))

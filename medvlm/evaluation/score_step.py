@@ -171,12 +171,11 @@ def _runs(items: Sequence[VQAItem], answers: Path) -> list[_Run]:
 def _leaks(workspace: Workspace, benchmark: str, runs: Sequence[_Run]) -> dict[str, set[str]]:
     """Test items whose very image the recipe was trained on, by training set.
 
-    The sets are the alignment and instruct data, the benchmark's own train split, and the preference
-    pairs where a stage learned from them. An item counts as leaked for every stage.
+    The sets are the alignment and instruct data, the benchmark's own train split, and the recipe's
+    preference pairs where a stage learned from them. An item counts as leaked for every stage.
     """
     used = {"alignment", "instruct", f"{benchmark}:train"}
-    if any(run.stage == "prefer" for run in runs):
-        used.add("preference")
+    used |= {f"preference/{run.model}" for run in runs if run.stage == "prefer"}
     return {name: ids for name, ids in leaked_item_ids(workspace, benchmark).items() if name in used}
 
 

@@ -125,7 +125,7 @@ def write(workspace: Workspace, contract: str, records: Sequence[object]) -> Non
             if not workspace.fetch_outcomes.exists():
                 write_records(workspace.fetch_outcomes, FetchOutcome, [outcome(row) for row in range(len(records))])
         case "preference":
-            write_records(workspace.samples("preference"), PreferencePair, records)
+            write_records(workspace.preference_pairs("tiny"), PreferencePair, records)
         case "benchmark-items":
             write_records(workspace.items("vqa-rad"), VQAItem, records)
         case _:

@@ -122,7 +122,8 @@ def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_each_wrong_field_breaks_its_rule(judged: tuple[str, ContractResult]) -> None:
     contract, result = judged
-    label, prefix = ("vqa-rad/", "vqa-rad:") if contract == "benchmark-items" else ("", "")
+    target = {"benchmark-items": "vqa-rad", "preference": "tiny"}.get(contract)
+    label, prefix = (f"{target}/", f"{target}:") if target else ("", "")
     id_field = ID_FIELDS.get(contract, "sample_id")
     checks = {check.name: check for check in result.checks}
     wrong = [(change, rule) for name, change, rule in WRONG if name == contract]
@@ -161,7 +162,7 @@ def test_broken_rows_are_quarantined_with_rule_and_value(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("contract", "rules"),
-    [("alignment", ["not_empty"]), ("preference", ["not_empty"]), ("figures", ["figures_kept", "kept_percent"])],
+    [("alignment", ["not_empty"]), ("preference", ["tiny:not_empty"]), ("figures", ["figures_kept", "kept_percent"])],
 )
 def test_an_empty_table_breaks_its_contract(tmp_path: Path, contract: str, rules: list[str]) -> None:
     sound_records.write(Workspace(tmp_path), contract, [])
@@ -242,7 +243,7 @@ def test_real_benchmarks_hold(tmp_path: Path, real_data: Path) -> None:
                 "chosen": "A fracture of the right rib.",
                 "rejected": "A fracture of the left rib.",
             },
-            "no_contradiction",
+            "tiny:no_contradiction",
         ),
     ],
 )
@@ -276,7 +277,7 @@ def test_what_warns_and_stops_nothing(tmp_path: Path) -> None:
     sound_records.write(workspace, "preference", long)
     result = run_contract(workspace, "preference")
     assert result.success
-    assert [check.name for check in result.warnings] == ["length_ratio"]
+    assert [check.name for check in result.warnings] == ["tiny:length_ratio"]
 
     wordy = dataclasses.replace(sound_records.item(9), answer="it is on the left side of him")
     sound_records.write(workspace, "benchmark-items", [*sound_records.sound("benchmark-items"), wordy])

@@ -19,8 +19,8 @@ import data_contracts.images
 from data_contracts.contract import Selection
 from data_contracts.run import run_contract
 from medvlm.errors import WorkspaceError
-from medvlm.records import Image
-from medvlm.store import Workspace, read_report, write_records
+from medvlm.records import Image, PreferencePair
+from medvlm.store import Workspace, read_json, read_report, write_records
 
 
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -199,3 +199,17 @@ def test_shards_are_read_as_one_table(tmp_path: Path) -> None:
     result = run_contract(workspace, "alignment")
     assert result.rows == 7
     assert {check.name for check in result.broken} == {"sample_unique", "no_repeats"}
+
+
+def test_pairs_are_checked_recipe_by_recipe(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with pytest.raises(WorkspaceError, match="build-preference"):
+        run_contract(workspace, "preference")
+    sound_records.write(workspace, "preference", sound_records.sound("preference"))
+    write_records(workspace.preference_pairs("empty"), PreferencePair, [])
+    assert run_contract(workspace, "preference").targets == ("empty", "tiny")
+    assert run_contract(workspace, "preference", selection=Selection(recipe="tiny")).success
+    assert read_json(workspace.contract("preference/tiny") / "result.json")["success"] is True
+    assert read_json(workspace.contract("preference") / "result.json")["success"] is False
+    with pytest.raises(WorkspaceError):
+        run_contract(workspace, "preference", selection=Selection(recipe="other"))

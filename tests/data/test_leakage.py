@@ -187,8 +187,8 @@ def test_preference_pairs_are_training_data(tmp_path: Path) -> None:
         rejected="no",
         source="chat",
     )
-    write_records(workspace.samples("preference"), PreferencePair, [pair])
-    assert rows_of(workspace) == {("q", "preference", "bytes"), ("q", "preference", "question")}
+    write_records(workspace.preference_pairs("tiny"), PreferencePair, [pair])
+    assert rows_of(workspace) == {("q", "preference/tiny", "bytes"), ("q", "preference/tiny", "question")}
 
 
 def test_what_builders_drop(tmp_path: Path) -> None:

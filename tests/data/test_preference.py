@@ -57,10 +57,10 @@ def test_published_pairs_join_to_figures_and_misses_are_counted(tmp_path: Path) 
         ("9_F9.jpg", "A", "B"),
         ("10_F1.jpg", "A", "A"),
     )
-    command = ["--workspace", str(tmp_path), "dataset", "build-preference", "--official", str(path), "--json"]
-    report = json.loads(CliRunner().invoke(cli, command).stdout)
+    command = ["--workspace", str(tmp_path), "dataset", "build-preference", "--recipe", "tiny", "--official", str(path)]
+    report = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)
     assert report["counts"] == {"pairs": 2, "dropped": 4, "missed": 2}
-    pairs = read_records(Workspace(tmp_path).samples("preference"), PreferencePair)
+    pairs = read_records(Workspace(tmp_path).preference_pairs("tiny"), PreferencePair)
     assert [(pair.pair_id, pair.chosen, pair.rejected, pair.group_id) for pair in pairs] == [
         ("10_F1", "A nodule.", "Nothing.", "PMC1"),
         ("10_F1#2", "A large nodule.", "A cat.", "PMC1"),
@@ -125,8 +125,10 @@ def test_pairs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 
     def built(name: str, seed: int) -> list[bytes]:
         workspace = Workspace(tmp_path / name)
-        build_preference(workspace, self_preferences(samples, generate, OverlapJudge(0.0), questions=2, seed=seed))
-        return [path.read_bytes() for path in shard_paths(workspace.samples("preference"))]
+        build_preference(
+            workspace, "tiny", self_preferences(samples, generate, OverlapJudge(0.0), questions=2, seed=seed)
+        )
+        return [path.read_bytes() for path in shard_paths(workspace.preference_pairs("tiny"))]
 
     assert built("a", 1) == built("b", 1)
     assert built("c", 2) != built("a", 1)
@@ -151,9 +153,12 @@ def test_what_people_preferred_in_the_chat_is_added(tmp_path: Path) -> None:
         workspace.figure_shards, published(tmp_path / "dpo.json", ("10_F1.jpg", "A", "B"))
     ) if isinstance(row, PreferencePair))  # fmt: skip
     save_preference(workspace, dataclasses.replace(pair, pair_id="chat-1", source="chat"))
-    report = build_preference(workspace, [pair])
+    report = build_preference(workspace, "tiny", [pair])
     assert report.details["by"]["source"] == {"chat": 1, "official": 1}
-    assert [row.pair_id for row in read_records(workspace.samples("preference"), PreferencePair)] == ["10_F1", "chat-1"]
+    assert [row.pair_id for row in read_records(workspace.preference_pairs("tiny"), PreferencePair)] == [
+        "10_F1",
+        "chat-1",
+    ]
 
 
 def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
@@ -168,9 +173,10 @@ def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
         return lambda requests: [next(texts) for _ in requests]
 
     monkeypatch.setattr("medvlm.commands.dataset._answering", answering)
-    command = ["--workspace", str(tmp_path), "dataset", "build-preference"]
-    for wrong in ([], ["--official", "a.json", "--checkpoint", "b"]):
+    command = ["--workspace", str(tmp_path), "dataset", "build-preference", "--recipe", "tiny"]
+    for wrong in (["--official", "a.json", "--checkpoint", "b"], ["--official", "a.json", "--endpoint"]):
         assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
+    assert CliRunner().invoke(cli, command[:-2]).exit_code == 2
     options = [
         "--checkpoint",
         "c",
@@ -193,7 +199,7 @@ def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     samples = alignment_samples(tmp_path, 2)
     rows = self_preferences(samples, lambda requests: ["same?"] * len(requests), OverlapJudge())
     with pytest.raises(InputError, match="no preference pair came out; answers_equal: 2"):
-        build_preference(Workspace(tmp_path), rows)
+        build_preference(Workspace(tmp_path), "tiny", rows)
 
 
 @pytest.mark.parametrize(
