@@ -185,7 +185,8 @@ def sample_of(
         group_id=figure.pmcid,
         turns=turns,
         modality=modality or modality_of_caption(figure.caption),
-        language=language_of(turns[-1].text),
+        # Of all turns: a Chinese answer may be "CT" alone.
+        language=language_of(" ".join(turn.text for turn in turns)),
         licence=figure.licence,
         source=source,
     )

@@ -10,6 +10,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ from medvlm.data.sample_benchmarks import (
     write_slake,
     write_vqa_rad,
 )
-from medvlm.data.sample_bucket import TROUBLES, SampleArticle, make_articles, url_rows, write_bucket
+from medvlm.data.sample_bucket import (
+    TROUBLES,
+    SampleArticle,
+    SampleFigure,
+    make_articles,
+    url_rows,
+    write_bucket,
+)
+from medvlm.data.sample_chinese import chinese_alignment_rows, chinese_instruct_rows, write_lines
 from medvlm.data.sample_conversations import alignment_rows, instruct_rows
-from medvlm.data.sample_questions import Language
 from medvlm.errors import InputError
 from medvlm.store import Report, Workspace, atomic_folder, fingerprint, write_json, write_report
 
@@ -92,10 +100,7 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "llava_med_image_urls.jsonl").write_text(lines, "utf-8")
         write_json(folder / "expected.json", {figure.pair_id: figure.expected for figure in figures})
-        suffixes: dict[Language, str] = {"en": "", "zh": "_zh"}
-        for language, suffix in suffixes.items():
-            write_rows(folder / "llava-med" / f"alignment{suffix}.json", alignment_rows(rng, figures, language))
-            write_rows(folder / "llava-med" / f"instruct{suffix}.json", instruct_rows(rng, figures, language))
+        _write_texts(folder, rng, random.Random(f"chinese/{seed}"), figures)  # noqa: S311
         questions = {
             "vqa-rad": write_vqa_rad(folder / "vqa-rad", panels),
             "slake": write_slake(folder / "slake", panels),
@@ -112,6 +117,15 @@ def build_corpus(workspace: Workspace, *, seed: int = 0, scale: CorpusScale = ST
     }
     report = Report(step="corpus", counts=counts, details=details, seed=seed, fingerprint=mark)
     return write_report(workspace.corpus, report, started=started, packages=("imagehash", "numpy", "pillow"))
+
+
+def _write_texts(folder: Path, rng: random.Random, chinese: random.Random, figures: Sequence[SampleFigure]) -> None:
+    """One folder a dataset, with an official file a language: English in LLaVA-Med's format, Chinese in ChiMed-VL's."""
+    for name, rows in (("alignment", alignment_rows(rng, figures)), ("instruct", instruct_rows(rng, figures))):
+        write_rows(folder / name / f"llava_med_{name}.json", rows)
+        write_rows(folder / "llava-med" / f"{name}.json", rows)
+    write_lines(folder / "alignment" / "ChiMed-VL-Alignment.jsonl", chinese_alignment_rows(chinese, figures))
+    write_lines(folder / "instruct" / "ChiMed-VL-Instruction.jsonl", chinese_instruct_rows(chinese, figures))
 
 
 def _counts(articles: list[SampleArticle], questions: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -140,9 +154,10 @@ Drawn by `medvlm corpus --seed {seed}`.
 - `bucket/pmc-oa-opendata/`: articles in the layout of the PMC Cloud Service, some with trouble on purpose;
   `expected.json` says what a fetch under the `research` policy has to make of each row.
 - `llava_med_image_urls.jsonl`: the figures wanted, in LLaVA-Med's list format.
-- `llava-med/`: alignment and instruction rows about those figures, in LLaVA-Med's JSON format, in English and
-  (`*_zh.json`) Chinese.
-- `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats. No picture is in two splits; by
+- `alignment/`, `instruct/`: texts about those figures, in English (LLaVA-Med's JSON) and Chinese (ChiMed-VL's
+  JSON Lines). `llava-med/` holds the English ones again.
+- `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats, `slake/` in English and Chinese. A
+  Chinese yes or no is said as in SLAKE ("包含", "没有"). No picture is in two splits; by
   perceptual hash, every picture is at least {MIN_PHASH_DISTANCE} bits of 64 away from each held-out one.
 
 "Left" and "right" mean the left and the right of the image. All lesions of one picture lie on one side and

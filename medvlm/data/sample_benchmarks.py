@@ -95,7 +95,7 @@ def _draw_panel(
 
 
 def _text(asked: Asked, language: Language = "en") -> str:
-    text = word(asked.answer, language)
+    text = asked.short_answer(language)
     return text.capitalize() if asked.answer in ("yes", "no") else text
 
 

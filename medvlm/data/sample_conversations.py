@@ -8,7 +8,7 @@ from typing import Any
 
 from medvlm.data.phantoms import Modality
 from medvlm.data.sample_bucket import SampleFigure
-from medvlm.data.sample_questions import Asked, Language, ask, caption, sentence, word
+from medvlm.data.sample_questions import Asked, ask, sentence, word
 
 __all__ = ["ALIGNMENT_PROMPTS", "alignment_rows", "instruct_rows"]
 
@@ -43,8 +43,6 @@ ALIGNMENT_PROMPTS: tuple[str, ...] = (
 )
 """27 prompts, as many as LLaVA-Med's alignment file has, in our own wording."""
 
-_CHINESE_PROMPTS = ("描述这张图像。", "图中显示了什么?", "这是什么图像?", "请写一句图像说明。", "图像显示了什么?")
-
 _DOMAINS: dict[Modality, str] = {
     "chest_xray": "chest_xray",
     "mri": "mri",
@@ -54,23 +52,15 @@ _DOMAINS: dict[Modality, str] = {
 }
 
 
-def alignment_rows(rng: random.Random, figures: Sequence[SampleFigure], language: Language) -> list[dict[str, Any]]:
+def alignment_rows(rng: random.Random, figures: Sequence[SampleFigure]) -> list[dict[str, Any]]:
     """One row a figure: a prompt and the caption."""
-    prompts = ALIGNMENT_PROMPTS if language == "en" else _CHINESE_PROMPTS
-    return [
-        _row(
-            rng,
-            figure,
-            [(rng.choice(prompts), figure.caption if language == "en" else caption(rng, figure.finding, language))],
-        )
-        for figure in figures
-    ]
+    return [_row(rng, figure, [(rng.choice(ALIGNMENT_PROMPTS), figure.caption)]) for figure in figures]
 
 
-def instruct_rows(rng: random.Random, figures: Sequence[SampleFigure], language: Language) -> list[dict[str, Any]]:
+def instruct_rows(rng: random.Random, figures: Sequence[SampleFigure]) -> list[dict[str, Any]]:
     """One row a figure: a conversation of several questions and answers about what can be seen.
 
-    In English, one row in 25 spells the key ``conversatons``, as some of LLaVA-Med's own do.
+    One row in 25 spells the key ``conversatons``, as some of LLaVA-Med's own do.
     """
     findings = [figure.finding for figure in figures]
     turns: list[list[Asked]] = [[] for _ in figures]
@@ -79,18 +69,18 @@ def instruct_rows(rng: random.Random, figures: Sequence[SampleFigure], language:
     rows: list[dict[str, Any]] = []
     for index, (figure, questions) in enumerate(zip(figures, turns, strict=True)):
         rng.shuffle(questions)
-        row = _row(rng, figure, [(q.text(language), _answer(rng, q, figure, language)) for q in questions])
-        if language == "en" and index % 25 == 10:
+        row = _row(rng, figure, [(q.text("en"), _answer(rng, q, figure)) for q in questions])
+        if index % 25 == 10:
             row["conversatons"] = row.pop("conversations")
         rows.append(row)
     return rows
 
 
-def _answer(rng: random.Random, asked: Asked, figure: SampleFigure, language: Language) -> str:
+def _answer(rng: random.Random, asked: Asked, figure: SampleFigure) -> str:
     if rng.random() < 0.5:
-        return sentence(asked, figure.finding, language)
-    short = word(asked.answer, language)
-    return f"{short[0].upper()}{short[1:]}" if language == "en" else short
+        return sentence(asked, figure.finding, "en")
+    short = word(asked.answer, "en")
+    return f"{short[0].upper()}{short[1:]}"
 
 
 def _row(rng: random.Random, figure: SampleFigure, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -41,6 +41,14 @@ _WORDS: dict[str, tuple[str, str]] = {
     "no": ("no", "否"),
 }
 
+# The forms that most closed answers of SLAKE have, by the verb of the question; the first that fits.
+_CHINESE_YES_NO: dict[str, tuple[str, str]] = {
+    "包含": ("包含", "不包含"),
+    "存在": ("存在", "不存在"),
+    "有": ("有", "没有"),
+    "": ("是的", "不是"),
+}
+
 _PICTURES: dict[str, tuple[str, str]] = {
     "chest_xray": ("chest X-ray", "胸部X光片"),
     "ct": ("CT image", "CT图像"),
@@ -83,6 +91,14 @@ class Asked:
         """The question in one language."""
         return self.question.wordings[self.wording][_column(language)]
 
+    def short_answer(self, language: Language) -> str:
+        """The answer in one language; a Chinese yes or no takes up the question's verb, as SLAKE's do."""
+        if language == "zh" and self.answer_type == "closed":
+            question = self.text("zh")
+            yes, no = next(forms for verb, forms in _CHINESE_YES_NO.items() if verb in question)
+            return yes if self.answer == "yes" else no
+        return word(self.answer, language)
+
 
 def word(key: str, language: Language) -> str:
     """The word of an answer key such as ``chest_xray``, ``left``, ``2`` or ``yes``."""
@@ -112,7 +128,7 @@ def _single(answer: Callable[[Finding], str | None]) -> Callable[[Finding], str 
 CLOSED: tuple[Question, ...] = (
     Question(
         "lesion",
-        (("Is there a lesion?", "图中有病变吗?"), ("Does the image show a lesion?", "图像显示了病变吗?")),
+        (("Is there a lesion?", "图中有病变吗?"), ("Does the image show a lesion?", "图像中存在病变吗?")),
         lambda f: _yes_if(f.count > 0),
     ),
     Question(
@@ -134,8 +150,8 @@ CLOSED: tuple[Question, ...] = (
     Question("modality:ct", (("Is this a CT image?", "这是CT图像吗?"),), _is("modality", "ct")),
     Question("modality:mri", (("Is this an MRI image?", "这是MRI图像吗?"),), _is("modality", "mri")),
     Question("modality:gross", (("Is this a gross specimen?", "这是大体标本吗?"),), _is("modality", "gross")),
-    Question("organ:head", (("Is the head shown?", "图中显示的是头部吗?"),), _is("organ", "head")),
-    Question("organ:liver", (("Is the liver shown?", "图中显示的是肝脏吗?"),), _is("organ", "liver")),
+    Question("organ:head", (("Is the head shown?", "图片中包含头部吗?"),), _is("organ", "head")),
+    Question("organ:liver", (("Is the liver shown?", "图片中包含肝脏吗?"),), _is("organ", "liver")),
 )
 """Questions answered by yes or no."""
 
@@ -269,4 +285,4 @@ def _chinese_sentence(asked: Asked, finding: Finding) -> str:
         "modality": lambda: f"这是{_PICTURES[finding.modality][1]}",
         "organ": lambda: f"图中显示的是{word(finding.organ, 'zh')}",
     }[asked.question.subject]()
-    return f"{statement}。" if asked.answer_type == "open" else f"{word(asked.answer, 'zh')}，{statement}。"
+    return f"{statement}。" if asked.answer_type == "open" else f"{asked.short_answer('zh')}，{statement}。"

@@ -29,6 +29,7 @@ from medvlm.data.sample_bucket import TROUBLES
 from medvlm.data.sample_conversations import ALIGNMENT_PROMPTS
 from medvlm.data.sample_questions import CLOSED, OPEN, Asked, ask, caption, sentence
 from medvlm.errors import InputError, WorkspaceError
+from medvlm.evaluation.normalise import polarity
 from medvlm.records import FetchOutcome
 from medvlm.store import Workspace, read_records, read_report
 
@@ -178,9 +179,9 @@ def test_captions_and_mentions_are_in_the_jats(corpus: Path) -> None:
 # ---- LLaVA-Med rows
 
 
-@pytest.mark.parametrize("name", ["alignment", "alignment_zh", "instruct", "instruct_zh"])
+@pytest.mark.parametrize("name", ["alignment", "instruct"])
 def test_llava_rows_have_the_published_shape(corpus: Path, name: str) -> None:
-    rows = read(corpus / "llava-med" / f"{name}.json")
+    rows = read(corpus / name / f"llava_med_{name}.json")
     listed = [json.loads(line)["pair_id"] for line in (corpus / "llava_med_image_urls.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == sorted(listed)
     places = Counter[str]()
@@ -190,7 +191,7 @@ def test_llava_rows_have_the_published_shape(corpus: Path, name: str) -> None:
         assert sum(row["domain"].values()) == 1
         turns = row.get("conversations") or row["conversatons"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert (len(turns) == 2) == name.startswith("alignment")
+        assert (len(turns) == 2) == (name == "alignment")
         first = turns[0]["value"]
         places["before" if first.startswith("<image>\n") else "after" if first.endswith("\n<image>") else "lost"] += 1
         assert sum(turn["value"].count("<image>") for turn in turns) == 1
@@ -199,7 +200,7 @@ def test_llava_rows_have_the_published_shape(corpus: Path, name: str) -> None:
 
 def test_there_are_27_prompts_and_two_spellings(corpus: Path) -> None:
     assert len(set(ALIGNMENT_PROMPTS)) == 27
-    rows = read(corpus / "llava-med" / "instruct.json")
+    rows = read(corpus / "instruct" / "llava_med_instruct.json")
     assert {"conversatons", "conversations"} <= set(itertools.chain(*rows))
 
 
@@ -259,7 +260,7 @@ def test_a_model_that_only_reads_the_question_is_right_half_of_the_time(corpus: 
     for (name, split), rows in questions(corpus).items():
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for _, question, answer in rows:
-            if answer in ("yes", "no", "是", "否"):
+            if answer in ("yes", "no") or (name == "slake-zh" and len(polarity(answer, "zh")) == 1):
                 answers[question][answer] += 1
         assert len(answers) >= 8, name
         right = sum(max(counter.values()) for counter in answers.values())
@@ -325,7 +326,7 @@ def test_sentences_and_captions_in_both_languages() -> None:
     many, side = CLOSED[1], OPEN[0]
     asked = Asked(0, many, 0, "yes", "closed")
     assert sentence(asked, TWO, "en") == "Yes, there are two lesions."
-    assert sentence(asked, TWO, "zh") == "是，有两个病变。"
+    assert sentence(asked, TWO, "zh") == "是的，有两个病变。"
     assert sentence(Asked(0, side, 0, "right", "open"), ONE, "en") == "The lesion is on the right side."
     said = {caption(random.Random(i), TWO, "en") for i in range(40)}
     assert "Gross specimen of the skin showing two large lesions on the left side." in said
