@@ -81,23 +81,29 @@ def check_contract(workspace: Workspace, stage: Stage) -> None:
         )
 
 
-def read_stage_samples(folders: Sequence[Path], stage: Stage, seed: int) -> list[StageSample]:
+def read_stage_samples(
+    folders: Sequence[Path], stage: Stage, seed: int, *, language: str | None = None
+) -> list[StageSample]:
     """The samples that a stage learns from, in the order of their shards.
 
     Args:
         folders: Of ``Sample`` records, or of ``VQAItem`` records, whose train split is taken.
         stage: ``data`` says which; ``max_samples`` draws a part.
         seed: Of that draw.
+        language: Only samples in it; None for all. A benchmark's items are taken in theirs: its name chose it.
 
     Raises:
         InputError: There are none.
         WorkspaceError: A step before has not run.
     """
-    samples = [sample for folder in folders for path in shard_paths(folder) for sample in _shard_samples(path, stage)]
+    samples = [
+        sample for folder in folders for path in shard_paths(folder) for sample in _shard_samples(path, stage, language)
+    ]
     if not samples:
         build = "dataset build-benchmark NAME" if stage.data == "benchmarks" else f"dataset build {stage.data}"
         raise InputError(
-            f"there is nothing to learn in stage {stage.name}: no training samples",
+            f"there is nothing to learn in stage {stage.name}: no training samples"
+            + (f" in the recipe's language, {language}" if language else ""),
             where=", ".join(map(str, folders)),
             hint=f"look at the report.json beside it for what was dropped, then run 'medvlm {build}' again",
         )
@@ -107,7 +113,7 @@ def read_stage_samples(folders: Sequence[Path], stage: Stage, seed: int) -> list
     return samples
 
 
-def _shard_samples(path: Path, stage: Stage) -> Iterator[StageSample]:
+def _shard_samples(path: Path, stage: Stage, language: str | None) -> Iterator[StageSample]:
     kind = VQAItem if stage.data == "benchmarks" else Sample
     with pq.ParquetFile(path) as shard:
         names = [name for name in shard.schema_arrow.names if name != "image"]
@@ -115,7 +121,8 @@ def _shard_samples(path: Path, stage: Stage) -> Iterator[StageSample]:
         for batch in shard.iter_batches(batch_size=4096, columns=names):
             for values in batch.to_pylist():
                 record: Any = from_row(kind, {**values, "image": None})
-                yield from _stage_samples(record, path, row)
+                if language in (None, record.language) or stage.data == "benchmarks":
+                    yield from _stage_samples(record, path, row)
                 row += 1
 
 

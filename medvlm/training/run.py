@@ -200,7 +200,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
-    samples = read_stage_samples(job.data, stage, job.recipe.seed)
+    samples = read_stage_samples(job.data, stage, job.recipe.seed, language=job.recipe.language)
     start = _start(job, samples)
     freeze(start.model, stage)
     plan = StagePlan(samples, stage, job.recipe.seed)
