@@ -22,7 +22,7 @@ from medvlm.store import atomic_folder, read_json, write_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-    from medvlm.models.vlm import MedVLMForConditionalGeneration
+    from medvlm.models.vlm import MedVLMConfig, MedVLMForConditionalGeneration
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +31,7 @@ __all__ = [
     "decoder_config",
     "git_commit",
     "load_checkpoint",
+    "model_config",
     "save_checkpoint",
 ]
 
@@ -70,26 +71,19 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
     """
     import torch
 
-    from medvlm.models.vlm import MedVLMConfig, MedVLMForConditionalGeneration
+    from medvlm.models.vlm import MedVLMForConditionalGeneration
 
     attention = attention_implementation()
     tower, decoder = _published_tower(recipe, attention), _published_decoder(recipe, attention)
     tokens: Any = tokenizer
     marks = {name: getattr(tokens, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     vocab_size = max(recipe.model.tokenizer.vocab_size, len(tokenizer))
-    text_config: Any = decoder.config if decoder is not None else decoder_config(recipe, vocab_size, marks)
-    make_config: Any = MedVLMConfig  # its generated signature is unknown to type checkers
-    config = make_config(
+    config: Any = model_config(
+        recipe,
         vision_config=tower.config if tower is not None else tower_config(recipe.model.vision_tower),
-        text_config=text_config,
-        projector_kind=recipe.model.projector.kind,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
-        image_seq_length=recipe.model.image_tokens,
-        vision_feature_layer=recipe.model.vision_tower.feature_layer,
-        vision_feature_select_strategy="default" if recipe.model.vision_tower.feature_select == "patch" else "full",
-        tie_word_embeddings=False,
-        dtype="float32",
-        **marks,
+        text_config=decoder.config if decoder is not None else decoder_config(recipe, vocab_size, marks),
+        image_id=tokens.convert_tokens_to_ids(IMAGE_MARK),
+        marks=marks,
     )
     # The public argument exists on from_pretrained only; this is where transformers keeps the choice.
     config._attn_implementation = attention
@@ -108,6 +102,35 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> MedVLMFor
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def model_config(
+    recipe: Recipe, *, vision_config: Any, text_config: Any, image_id: int, marks: Mapping[str, int | None]
+) -> MedVLMConfig:
+    """The configuration of a recipe's model, around those of its tower and its language model.
+
+    Args:
+        recipe: Gives the projector and what is read from the tower.
+        vision_config: Of transformers' tower.
+        text_config: Of transformers' language model; its vocabulary is the model's.
+        image_id: Id of ``<image>``.
+        marks: ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``, where they are known.
+    """
+    from medvlm.models.vlm import MedVLMConfig
+
+    make_config: Any = MedVLMConfig  # its generated signature is unknown to type checkers
+    return make_config(
+        vision_config=vision_config,
+        text_config=text_config,
+        projector_kind=recipe.model.projector.kind,
+        image_token_index=image_id,
+        image_seq_length=recipe.model.image_tokens,
+        vision_feature_layer=recipe.model.vision_tower.feature_layer,
+        vision_feature_select_strategy="default" if recipe.model.vision_tower.feature_select == "patch" else "full",
+        tie_word_embeddings=False,
+        dtype="float32",
+        **marks,
+    )
 
 
 def decoder_config(recipe: Recipe, vocab_size: int, marks: Mapping[str, int | None]) -> PretrainedConfig:

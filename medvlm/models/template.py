@@ -42,8 +42,11 @@ TEMPLATES: dict[TemplateName, Template] = {
     "vicuna_v1": Template(
         first=f"{_ASSISTANT} USER: {{text}} ASSISTANT:", user="USER: {text} ASSISTANT:", assistant=" {text}{eos}"
     ),
-    # LLaVA conv_mistral_instruct (LLaVA-Med v1.5): no system prompt.
-    "mistral_instruct": Template(first="[INST] {text} [/INST]", user="[INST] {text} [/INST]", assistant=" {text}{eos}"),
+    # conv_mistral_instruct of LLaVA-Med v1.5: written by Llama 2's code (a blank on each side of the answer), with
+    # neither system prompt nor a begin mark between turns. Mistral's own chat template has no blank before the end.
+    "mistral_instruct": Template(
+        first="[INST] {text} [/INST]", user="[INST] {text} [/INST]", assistant=" {text} {eos}"
+    ),
     # LLaVA conv_llava_llama_2.
     "llama_2": Template(
         first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n{{text}} [/INST]",
