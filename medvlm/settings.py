@@ -90,6 +90,8 @@ class Settings(BaseModel):
     instruct: str
     benchmarks: dict[Literal["vqa-rad", "slake", "pathvqa"], str]
     recipes: list[str] = Field(min_length=1)
+    review_threshold: int = Field(default=50, ge=1)
+    """New review decisions that start a rebuild of the datasets, where that sensor is on."""
     items: PipelineItems = PipelineItems()
 
     @classmethod

@@ -63,6 +63,11 @@ class Workspace:
         return self.root / "corpus"
 
     @property
+    def inbox(self) -> Path:
+        """Where people put further URL lists."""
+        return self.root / "inbox"
+
+    @property
     def figures(self) -> Path:
         """Step folder of the fetch: ``shards/``, ``outcomes/``, ``report.json``."""
         return self.root / "figures"

@@ -1,14 +1,26 @@
-"""The contracts as blocking asset checks: what is downstream does not start on broken data."""
+"""The checks: contracts, which block what is downstream; leakage, fallen scores, and unused experts."""
 
 import json
 from typing import Any
 
 import dagster as dg
 
-from orchestration.assets.datasets import alignment_dataset, benchmark_items, instruct_dataset
+from medvlm.store import read_report
+from orchestration.assets.benchmarks import benchmark_scores
+from orchestration.assets.datasets import (
+    COMPARED,
+    alignment_dataset,
+    benchmark_items,
+    instruct_dataset,
+    leakage_report,
+)
 from orchestration.assets.ingest import figures
+from orchestration.assets.training import stage3_checkpoint
 from orchestration.metadata import markdown_table
 from orchestration.resources import DvcProject
+
+LEAST_BALANCE = 0.25
+"""Below it the experts are so unevenly used that some hardly learn; 1 is an even share for each."""
 
 
 def _contract_check(asset: dg.AssetsDefinition, contract: str) -> dg.AssetChecksDefinition:
@@ -51,3 +63,67 @@ contract_checks = [
     _contract_check(instruct_dataset, "instruct"),
     _contract_check(benchmark_items, "benchmark-items"),
 ]
+
+
+@dg.asset_check(asset=leakage_report, description="No image of a test split is in what stages 1 and 2 learn on.")
+def no_leaked_images(project: DvcProject) -> dg.AssetCheckResult:
+    """Train splits of benchmarks are exempt: they are published as they are, and their scores carry a clean slice."""
+    report = read_report(project.workspace.leakage)
+    compared = report.details.get("comparisons", []) if report else []
+    built = [row for row in compared if not row["train"].partition(":")[2]]
+    touched = [row for row in built if row["leaked_images"]]
+    return dg.AssetCheckResult(
+        passed=not touched,
+        metadata={"comparisons": markdown_table(COMPARED, [[row[name] for name in COMPARED] for row in built])},
+    )
+
+
+@dg.asset_check(
+    asset=benchmark_scores,
+    blocking=True,
+    description="No headline score is below the interval of the last accepted one (`medvlm score --accept`).",
+)
+def scores_hold(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
+    """Fails the run: a leaderboard is not refreshed with a model that has become worse unnoticed.
+
+    In a run of one partition it looks at that one, run alone at every scored recipe of params.yaml.
+    """
+    from medvlm.evaluation.accepted import fallen_scores
+
+    chosen = _partition(context)
+    workspace, fallen, looked = project.workspace, [], 0
+    for name, item in project.settings.items.evaluations.items():
+        if chosen in (None, name) and workspace.scores(item.recipe, item.benchmark).is_dir():
+            looked += 1
+            fallen += [f"{name}: {score}" for score in fallen_scores(workspace, item.recipe, item.benchmark)]
+    return dg.AssetCheckResult(passed=not fallen, description="\n".join(fallen), metadata={"scored": looked})
+
+
+def _partition(context: dg.AssetCheckExecutionContext) -> str | None:
+    """``RECIPE-BENCHMARK`` or ``RECIPE`` of the run; None where the check runs alone."""
+    if not context.op_execution_context.has_partition_key:
+        return None
+    key = context.op_execution_context.partition_key
+    if isinstance(key, dg.MultiPartitionKey):
+        return f"{key.keys_by_dimension['recipe']}-{key.keys_by_dimension['benchmark']}"
+    return key
+
+
+@dg.asset_check(asset=stage3_checkpoint, description="Every expert of a mixture takes its share of the tokens.")
+def experts_balance(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
+    """A warning, no error: a frozen router on one modality's data is uneven by nature."""
+    chosen = _partition(context)
+    balances: dict[str, float] = {}
+    for recipe in project.settings.recipes:
+        report = read_report(project.workspace.stage(recipe, 3)) if chosen in (None, recipe) else None
+        if report and "expert_balance" in report.metrics:
+            balances[recipe] = report.metrics["expert_balance"]
+    return dg.AssetCheckResult(
+        passed=all(balance >= LEAST_BALANCE for balance in balances.values()),
+        severity=dg.AssetCheckSeverity.WARN,
+        description="" if balances else "no mixture of experts here",
+        metadata=dict(balances),
+    )
+
+
+all_checks = [*contract_checks, no_leaked_images, scores_hold, experts_balance]

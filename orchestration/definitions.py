@@ -1,23 +1,45 @@
-"""All that Dagster loads: assets, checks, jobs, schedules and the one resource."""
+"""All that Dagster loads: assets, checks, jobs, schedules, sensors and resources."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
+import medvlm
+from orchestration.alerts import Alerts
 from orchestration.assets import benchmarks, datasets, ingest, training
-from orchestration.checks import contract_checks
+from orchestration.checks import all_checks
 from orchestration.jobs import all_jobs
 from orchestration.resources import DvcProject
 from orchestration.schedules import nightly_recheck, weekly_retraining
+from orchestration.sensors import all_sensors
 
 PROJECT_ROOT = Path(os.environ.get("MEDVLM_PROJECT", Path(__file__).resolve().parents[1]))
 """The folder of dvc.yaml: this checkout, or another one (tests work in a copy)."""
 
+
+def _from_environment(name: str) -> Any:
+    """A secret by its name only: its value is looked up where it is used, and shown nowhere."""
+    return dg.EnvVar(name) if os.environ.get(name) else ""
+
+
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([ingest, datasets, training, benchmarks]),
-    asset_checks=contract_checks,
+    assets=dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(code_version=medvlm.__version__),
+        dg.load_assets_from_modules([ingest, datasets, training, benchmarks]),
+    ),
+    asset_checks=all_checks,
     jobs=all_jobs,
     schedules=[weekly_retraining, nightly_recheck],
-    resources={"project": DvcProject(root=str(PROJECT_ROOT))},
+    sensors=all_sensors,
+    resources={
+        "project": DvcProject(root=str(PROJECT_ROOT)),
+        "alerts": Alerts(
+            webhook=_from_environment("MEDVLM_ALERT_WEBHOOK"),
+            smtp=_from_environment("MEDVLM_ALERT_SMTP"),
+            mail_from=_from_environment("MEDVLM_ALERT_FROM"),
+            mail_to=_from_environment("MEDVLM_ALERT_TO"),
+        ),
+    },
 )

@@ -40,9 +40,9 @@ def recheck_figures_op(context: dg.OpExecutionContext, project: DvcProject) -> N
 
 
 @dg.job(description="Looks for retractions and licence changes since the fetch; the next dataset build obeys.")
-def recheck_figures() -> None:
+def nightly() -> None:
     """One look at every article that figures were kept of."""
     recheck_figures_op()
 
 
-all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, recheck_figures]
+all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, nightly]

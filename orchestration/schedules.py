@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from orchestration.jobs import recheck_figures, train_recipe
+from orchestration.jobs import nightly, train_recipe
 from orchestration.resources import DvcProject
 
 
@@ -34,7 +34,7 @@ def weekly_retraining(
 
 nightly_recheck = dg.ScheduleDefinition(
     name="nightly_recheck",
-    job=recheck_figures,
+    job=nightly,
     cron_schedule="0 3 * * *",
     default_status=dg.DefaultScheduleStatus.STOPPED,
     description="Every night at 03:00: drop figures of articles that were retracted or relicensed.",

@@ -1,0 +1,73 @@
+"""The checks beside the contracts: leakage, fallen scores, unused experts."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from medvlm.pipeline import with_items
+from medvlm.settings import Settings, write_settings
+from medvlm.store import Report, write_report
+from orchestration.assets.datasets import COMPARED
+from orchestration.checks import experts_balance, no_leaked_images, scores_hold
+from orchestration.resources import DvcProject
+
+RECIPE = "tiny-llava-med"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> DvcProject:
+    write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
+    return DvcProject(root=str(tmp_path))
+
+
+def run(check: dg.AssetChecksDefinition, project: DvcProject) -> dg.AssetCheckEvaluation:
+    """The check alone, as from the UI."""
+    (asset,) = {key.asset_key for key in check.check_keys}
+    job = dg.define_asset_job("checks", dg.AssetSelection.checks(check))
+    defs = dg.Definitions(
+        assets=[dg.AssetSpec(asset)], asset_checks=[check], jobs=[job], resources={"project": project}
+    )
+    result = defs.resolve_job_def("checks").execute_in_process(raise_on_error=False)
+    (evaluation,) = result.get_asset_check_evaluations()
+    return evaluation
+
+
+def leakage(project: DvcProject, rows: list[tuple[str, int]]) -> None:
+    comparisons = [
+        {**dict.fromkeys(COMPARED, 0), "train": train, "test": "vqa-rad:test", "leaked_images": leaked}
+        for train, leaked in rows
+    ]
+    write_report(project.workspace.leakage, Report(step="leakage", details={"comparisons": comparisons}), started=0.0)
+
+
+def test_a_test_image_in_a_built_training_set_fails_and_one_in_a_published_split_does_not(project: DvcProject) -> None:
+    leakage(project, [("alignment", 0), ("instruct", 0), ("vqa-rad:train", 202)])
+    assert run(no_leaked_images, project).passed
+    leakage(project, [("alignment", 0), ("instruct", 3), ("vqa-rad:train", 202)])
+    assert not run(no_leaked_images, project).passed
+
+
+def test_experts_that_are_hardly_used_are_a_warning(project: DvcProject) -> None:
+    stage = project.workspace.stage(RECIPE, 3)
+    write_report(stage, Report(step="train", metrics={"loss": 1.0}), started=0.0)
+    assert run(experts_balance, project).passed, "a dense model has nothing to balance"
+    write_report(stage, Report(step="train", metrics={"expert_balance": 0.1}), started=0.0)
+    found = run(experts_balance, project)
+    assert not found.passed
+    assert found.severity is dg.AssetCheckSeverity.WARN
+
+
+def test_a_fallen_score_fails_with_its_numbers(project: DvcProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medvlm.evaluation import accepted
+
+    for benchmark in ("vqa-rad", "slake"):
+        project.workspace.scores(RECIPE, benchmark).mkdir(parents=True)
+    fallen = accepted.Fallen("closed", "whole_word", 61.0, 80.0, 75.0)
+    monkeypatch.setattr(accepted, "fallen_scores", lambda _, recipe, name: [fallen] if name == "slake" else [])
+    found = run(scores_hold, project)
+    assert not found.passed
+    assert found.description.startswith("tiny-llava-med-slake: closed whole_word is 61.0")
+    assert found.metadata["scored"].value == 2, "what was never scored is no failure"
+    monkeypatch.setattr(accepted, "fallen_scores", lambda *_: [])
+    assert run(scores_hold, project).passed
