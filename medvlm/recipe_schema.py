@@ -40,7 +40,7 @@ SOURCE = Role("source")
 """Where weights, tokenizer or data come from."""
 
 StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
-TemplateName = Literal["plain", "vicuna_v1", "mistral_instruct", "llama_2", "phi"]
+TemplateName = Literal["plain", "vicuna_v1", "mistral_instruct", "llama_2", "llama2_chinese", "phi"]
 Part = Literal["vision_tower", "projector", "language_model"]
 
 Size = Annotated[int, Field(gt=0), SIZE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,12 @@ TEMPLATES: dict[TemplateName, Template] = {
         first=f"[INST] <<SYS>>\n{_LLAMA_2}\n<</SYS>>\n\n{{text}} [/INST]",
         user="{bos}[INST] {text} [/INST]",
         assistant=" {text} {eos}",
+    ),
+    # FlagAlpha's Llama2-Chinese chat models: each turn begins and ends with the tokenizer's marks.
+    "llama2_chinese": Template(
+        first="Human: {text}\n{eos}{bos}Assistant:",
+        user="{bos}Human: {text}\n{eos}{bos}Assistant:",
+        assistant=" {text}\n{eos}",
     ),
     # MoE-LLaVA conv_phi: Vicuna's words; the tokenizer's own end mark (<|endoftext|>).
     "phi": Template(
@@ -111,6 +118,6 @@ def fixed_phrases(template: Template) -> list[str]:
     phrases = {
         part.removesuffix(" ")
         for around in (template.first, template.user)
-        for part in around.replace("{bos}", "").split("{text}")
+        for part in re.split(r"\{text\}|\{bos\}|\{eos\}", around)
     }
     return sorted((p for p in phrases if p.strip() and p != IMAGE_MARK), key=lambda p: (-len(p), p))

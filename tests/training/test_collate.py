@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def learned(encoded: Any) -> str:
 def test_answers_alone_are_learned_in_every_template(template: TemplateName) -> None:
     turns = (QUESTION, ANSWER, Turn("user", "Why?"), Turn("assistant", "It is bright."))
     encoded = encoder(template, 512).encode(turns, "s")
-    assert learned(encoded).replace(" </s>", "</s>").split("</s>") == [
+    assert re.sub(r"\s</s>", "</s>", learned(encoded)).split("</s>") == [
         " Yes, on the left side.",
         " It is bright.",
         "",
