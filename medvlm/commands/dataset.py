@@ -47,7 +47,8 @@ def dataset() -> None:
     "sources",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Published JSON, joined to the fetched figures; repeat for several. Or a folder of figure shards.",
+    help="Published file, or a folder of them, joined to the fetched figures; repeat for several. "
+    "Or a folder of figure shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which prompt each figure gets.")
 @KEEP_OPTION
@@ -77,13 +78,15 @@ def build(
     \b
     medvlm dataset build alignment
     medvlm dataset build instruct --official llava_med_instruct_60k_inline_mention.json
+    medvlm dataset build alignment --official texts      a folder: LLaVA-Med's JSON, ChiMed-VL's JSONL
     medvlm dataset build instruct --endpoint --token-budget 2000000
     """
     from medvlm.data.alignment import build_alignment
+    from medvlm.data.official_texts import holds_shards
 
     workspace = Workspace(Path(obj)).ensure()
-    folders = [source for source in sources if source.is_dir()]
-    official = [source for source in sources if not source.is_dir()]
+    folders = [source for source in sources if source.is_dir() and holds_shards(source)]
+    official = [source for source in sources if source not in folders]
     if len(folders) > 1 or (folders and official):
         raise click.UsageError("give one folder of figure shards, or published files, not both")
     shards = folders[0] if folders else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ from medvlm.data.conversations import (
     joined_samples,
     pick,
     prompts,
-    read_official,
     samples_of_figures,
     usable_figures,
     write_dataset,
 )
 from medvlm.data.official import official_state
+from medvlm.data.official_texts import official_files, read_officials
 from medvlm.records import Figure, Turn
 from medvlm.store import Report, Workspace
 
@@ -39,7 +38,8 @@ def build_alignment(
 
     Args:
         workspace: Gets ``samples("alignment")`` and its report.
-        official: LLaVA-Med's alignment JSON or ChiMed-VL's, or several files, joined by ``pair_id``.
+        official: LLaVA-Med's alignment JSON or ChiMed-VL's, or several files, or a folder of them,
+            joined by ``pair_id``; English and Chinese make one dataset.
             Without, captions are the answers.
         figures: Shards of figures; the workspace's by default.
         seed: Decides which of our 27 prompts a figure gets.
@@ -52,10 +52,9 @@ def build_alignment(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     decided = decisions(workspace, "figures")
-    files = [official] if isinstance(official, Path) else official
+    files = official_files(official)
     if files:
-        texts = itertools.chain.from_iterable(map(read_official, files))
-        rows = joined_samples(folder, texts, dataset="alignment", decided=decided)
+        rows = joined_samples(folder, read_officials(files), dataset="alignment", decided=decided)
         return write_dataset(
             workspace,
             "alignment",

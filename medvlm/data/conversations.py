@@ -17,9 +17,7 @@ from medvlm.data.card import write_card
 from medvlm.data.leakage import images_under_test
 from medvlm.data.modality import modality_of_caption
 from medvlm.data.official import is_synthetic
-from medvlm.data.readers import llava_med
-from medvlm.data.readers.chimed import read_chimed
-from medvlm.data.readers.llava_med import Conversation
+from medvlm.data.readers.llava_med import SLOT, Conversation
 from medvlm.data.readers.source import Dropped
 from medvlm.data.tally import Tally
 from medvlm.data.watched import watched
@@ -46,7 +44,6 @@ __all__ = [
     "pick",
     "prompt_text",
     "prompts",
-    "read_official",
     "sample_of",
     "sample_or_drop",
     "samples_of_figures",
@@ -185,16 +182,20 @@ def sample_of(
         group_id=figure.pmcid,
         turns=turns,
         modality=modality or modality_of_caption(figure.caption),
-        # Of all turns: a Chinese answer may be "CT" alone.
-        language=language_of(" ".join(turn.text for turn in turns)),
+        language=language_of(*(turn.text.replace(SLOT, "") for turn in turns)),
         licence=figure.licence,
         source=source,
     )
 
 
-def language_of(text: str) -> Literal["en", "zh"]:
-    """``zh`` where a Chinese character stands in the text, else ``en``."""
-    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+def language_of(*texts: str) -> Literal["en", "zh"]:
+    """``zh`` where Chinese characters are at least as many as words in Latin letters, else ``en``.
+
+    Articles in English quote Chinese names, and Chinese answers say "CT".
+    """
+    text = " ".join(texts)
+    chinese, latin = (len(re.findall(form, text)) for form in (r"[\u4e00-\u9fff]", r"[A-Za-z]+"))
+    return "zh" if chinese and chinese >= latin else "en"
 
 
 def write_dataset(
@@ -312,14 +313,3 @@ def prompt_text(name: str) -> str:
 def pick(seed: int, key: str, choices: int) -> int:
     """A number below ``choices`` that depends on seed and key alone, so that other rows never change it."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big") % choices
-
-
-def read_official(path: Path) -> Iterator[Conversation | Dropped]:
-    """The conversations of a published file: ChiMed-VL's by its name or ``.jsonl``, else LLaVA-Med's.
-
-    Raises:
-        InputError: The file is not in that format.
-    """
-    if path.suffix == ".jsonl" or path.name.lower().startswith("chimed"):
-        return read_chimed(path)
-    return llava_med.read_conversations(path)

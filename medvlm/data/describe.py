@@ -12,8 +12,9 @@ import duckdb
 import pyarrow.parquet as pq
 
 from medvlm.data.benchmarks import BENCHMARKS
-from medvlm.data.conversations import language_of, read_official
+from medvlm.data.conversations import language_of
 from medvlm.data.official import official_state, question_files
+from medvlm.data.official_texts import official_files, read_official
 from medvlm.data.readers.hub_parquet import hub_files
 from medvlm.data.readers.stllava_dpo import read_preferences
 from medvlm.data.readers.vqa_rad import PUBLIC_FILE
@@ -77,7 +78,7 @@ def describe(workspace: Workspace, target: str) -> list[Description]:
     if path.is_dir() and (shards := sorted(path.glob("part-*.parquet"))):
         return [_shards(path.name, shards[0].parent, "")]
     found = [_release(name, path) for name in _benchmarks_at(path)]
-    return found or [_texts(path)]
+    return found or [_texts(file) for file in _text_files(path)]
 
 
 def _licence(name: str) -> str:
@@ -157,15 +158,20 @@ def _counted(name: str, path: Path, tally: Tally) -> Iterator[VQAItem]:
     yield from tally.sift(BENCHMARKS[name].read(path))
 
 
-def _texts(path: Path) -> Description:
-    """A published file of conversations or preference pairs."""
-    tally, images = Tally(), Counter[str]()
-    if path.is_dir():
+def _text_files(path: Path) -> list[Path]:
+    try:
+        return official_files(path)
+    except InputError as error:
         raise InputError(
             "the folder holds neither shards nor a release that a reader knows",
             where=str(path),
-            hint=f"give the folder of a release ({', '.join(BENCHMARKS)}), or a published JSON file",
-        )
+            hint=f"give the folder of a release ({', '.join(BENCHMARKS)}), or published JSON files",
+        ) from error
+
+
+def _texts(path: Path) -> Description:
+    """A published file of conversations or preference pairs."""
+    tally, images = Tally(), Counter[str]()
     with path.open(encoding="utf-8", errors="replace") as stream:
         of_pairs = "chosen_conversations" in stream.read(20_000)
     if of_pairs:
@@ -177,7 +183,7 @@ def _texts(path: Path) -> Description:
         for conversation in tally.sift(read_official(path)):
             images[conversation.pair_id] += 1
             tally.keep(
-                language=language_of(conversation.turns[-1].text),
+                language=language_of(*(turn.text for turn in conversation.turns)),
                 modality=conversation.modality or "unknown",
                 turns=str(len(conversation.turns)),
             )

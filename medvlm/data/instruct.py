@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from medvlm.data.conversations import (
     decisions,
     joined_samples,
     prompt_text,
-    read_official,
     sample_or_drop,
     samples_of_figures,
     usable_figures,
@@ -20,6 +18,7 @@ from medvlm.data.conversations import (
 )
 from medvlm.data.endpoint import ChatClient
 from medvlm.data.official import official_state
+from medvlm.data.official_texts import official_files, read_officials
 from medvlm.data.offline_instruct import offline_turns
 from medvlm.data.readers.source import Dropped
 from medvlm.data.self_instruct import ask_in_order, written_turns
@@ -42,7 +41,8 @@ def build_instruct(
 
     Args:
         workspace: Gets ``samples("instruct")`` and its report.
-        official: LLaVA-Med's instruction JSON or ChiMed-VL's, or several files, joined by ``pair_id``.
+        official: LLaVA-Med's instruction JSON or ChiMed-VL's, or several files, or a folder of them,
+            joined by ``pair_id``; English and Chinese make one dataset.
             Without, the conversations are written from captions and mentions: by rules, or by ``client``.
         figures: Shards of figures; the workspace's by default.
         client: Asks a chat endpoint. Refused and malformed answers are dropped with their reason;
@@ -58,10 +58,9 @@ def build_instruct(
     started = time.monotonic()
     folder = figures or workspace.figure_shards
     decided = decisions(workspace, "figures")
-    files = [official] if isinstance(official, Path) else official
+    files = official_files(official)
     if files:
-        texts = itertools.chain.from_iterable(map(read_official, files))
-        rows = joined_samples(folder, texts, dataset="instruct", decided=decided)
+        rows = joined_samples(folder, read_officials(files), dataset="instruct", decided=decided)
         return write_dataset(
             workspace,
             "instruct",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ __all__ = [
     "TrainingSet",
     "check_contract",
     "data_fingerprint",
+    "quarantined_rows",
     "read_stage_samples",
 ]
 
@@ -60,9 +63,10 @@ def data_folders(workspace: Workspace, recipe: Recipe, stage: Stage, target: str
     return [data_folder(workspace, stage, target)]
 
 
-def data_fingerprint(folders: Sequence[Path]) -> str:
-    """Changes when and only when the bytes of a shard do."""
-    return fingerprint(*[path for folder in folders for path in shard_paths(folder)])
+def data_fingerprint(folders: Sequence[Path], quarantined: Collection[str] = ()) -> str:
+    """Changes when and only when the bytes of a shard do, or which of its rows are quarantined."""
+    without = [sorted(quarantined)] if quarantined else []
+    return fingerprint(*[path for folder in folders for path in shard_paths(folder)], *without)
 
 
 def check_contract(workspace: Workspace, stage: Stage) -> None:
@@ -71,7 +75,7 @@ def check_contract(workspace: Workspace, stage: Stage) -> None:
     Raises:
         TrainingError: The last result says that the contract is broken.
     """
-    name = "benchmark-items" if stage.data == "benchmarks" else stage.data
+    name = _contract(stage)
     result = workspace.contract(name) / "result.json"
     if result.is_file() and read_json(result).get("success") is False:
         raise TrainingError(
@@ -81,8 +85,33 @@ def check_contract(workspace: Workspace, stage: Stage) -> None:
         )
 
 
+def _contract(stage: Stage) -> str:
+    return "benchmark-items" if stage.data == "benchmarks" else stage.data
+
+
+def quarantined_rows(workspace: Workspace, stage: Stage) -> frozenset[str]:
+    """Ids of the rows that broke a row-level rule of the stage's contract, as tolerated: they do not train.
+
+    Of benchmarks an id is ``<benchmark>/<item_id>``. Rules that only warn quarantine nothing here.
+    """
+    folder = workspace.contract(_contract(stage))
+    if not (folder / "result.json").is_file() or not (folder / "quarantine.parquet").is_file():
+        return frozenset()
+    checks: list[dict[str, Any]] = read_json(folder / "result.json")["checks"]
+    warnings = {check["name"] for check in checks if check["severity"] == "warn"}
+    table = pq.read_table(folder / "quarantine.parquet", columns=["rule", "row_id"])
+    rows = zip(table["rule"].to_pylist(), table["row_id"].to_pylist(), strict=True)
+    return frozenset(row_id for rule, row_id in rows if rule not in warnings)
+
+
 def read_stage_samples(
-    folders: Sequence[Path], stage: Stage, seed: int, *, language: str | None = None
+    folders: Sequence[Path],
+    stage: Stage,
+    seed: int,
+    *,
+    language: str | None = None,
+    quarantined: Collection[str] = (),
+    left_out: Counter[str] | None = None,
 ) -> list[StageSample]:
     """The samples that a stage learns from, in the order of their shards.
 
@@ -91,19 +120,30 @@ def read_stage_samples(
         stage: ``data`` says which; ``max_samples`` draws a part.
         seed: Of that draw.
         language: Only samples in it; None for all. A benchmark's items are taken in theirs: its name chose it.
+        quarantined: Row ids that are left out.
+        left_out: Gets ``other_language`` and ``quarantined``.
 
     Raises:
         InputError: There are none.
         WorkspaceError: A step before has not run.
     """
-    samples = [
-        sample for folder in folders for path in shard_paths(folder) for sample in _shard_samples(path, stage, language)
-    ]
+    counts = left_out if left_out is not None else Counter[str]()
+    samples: list[StageSample] = []
+    for path in itertools.chain.from_iterable(map(shard_paths, folders)):
+        for record, row in _shard_records(path, stage):
+            if _row_id(record) in quarantined:
+                counts["quarantined"] += 1
+            elif isinstance(record, Sample) and language not in (None, record.language):
+                counts["other_language"] += 1
+            else:
+                samples += _stage_samples(record, path, row)
     if not samples:
+        left = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
         build = "dataset build-benchmark NAME" if stage.data == "benchmarks" else f"dataset build {stage.data}"
         raise InputError(
             f"there is nothing to learn in stage {stage.name}: no training samples"
-            + (f" in the recipe's language, {language}" if language else ""),
+            + (f" in the recipe's language, {language}" if language else "")
+            + (f" ({left})" if left else ""),
             where=", ".join(map(str, folders)),
             hint=f"look at the report.json beside it for what was dropped, then run 'medvlm {build}' again",
         )
@@ -113,7 +153,8 @@ def read_stage_samples(
     return samples
 
 
-def _shard_samples(path: Path, stage: Stage, language: str | None) -> Iterator[StageSample]:
+def _shard_records(path: Path, stage: Stage) -> Iterator[tuple[Sample | VQAItem, int]]:
+    """The records of a shard without their images, and their rows."""
     kind = VQAItem if stage.data == "benchmarks" else Sample
     with pq.ParquetFile(path) as shard:
         names = [name for name in shard.schema_arrow.names if name != "image"]
@@ -121,9 +162,13 @@ def _shard_samples(path: Path, stage: Stage, language: str | None) -> Iterator[S
         for batch in shard.iter_batches(batch_size=4096, columns=names):
             for values in batch.to_pylist():
                 record: Any = from_row(kind, {**values, "image": None})
-                if language in (None, record.language) or stage.data == "benchmarks":
-                    yield from _stage_samples(record, path, row)
+                yield record, row
                 row += 1
+
+
+def _row_id(record: Sample | VQAItem) -> str:
+    """As the quarantine names the row."""
+    return f"{record.benchmark}/{record.item_id}" if isinstance(record, VQAItem) else record.sample_id
 
 
 def _stage_samples(record: Sample | VQAItem, path: Path, row: int) -> Iterator[StageSample]:

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +125,13 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
 
 
 def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
-    from medvlm.training.data import data_fingerprint, data_folders
+    from medvlm.training.data import data_fingerprint, data_folders, quarantined_rows
 
-    folders = data_folders(workspace, recipe, recipe.stages[number - 1], target)
+    stage = recipe.stages[number - 1]
+    folders = data_folders(workspace, recipe, stage, target)
+    data = data_fingerprint(folders, quarantined_rows(workspace, stage))
     start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
-    mark = fingerprint(stage_yaml(recipe, number), data_fingerprint(folders), start, target)
+    mark = fingerprint(stage_yaml(recipe, number), data, start, target)
     return _Job(workspace, recipe, number, target, engine, mark, tuple(folders))
 
 
@@ -196,11 +199,19 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
 
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
-    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
+    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, quarantined_rows, read_stage_samples
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
-    samples = read_stage_samples(job.data, stage, job.recipe.seed, language=job.recipe.language)
+    left_out: Counter[str] = Counter()
+    samples = read_stage_samples(
+        job.data,
+        stage,
+        job.recipe.seed,
+        language=job.recipe.language,
+        quarantined=quarantined_rows(job.workspace, stage),
+        left_out=left_out,
+    )
     start = _start(job, samples)
     freeze(start.model, stage)
     plan = StagePlan(samples, stage, job.recipe.seed)
@@ -208,6 +219,8 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     training_set = TrainingSet(samples, plan, encoder, PixelStore(start.processor))
     counts = {
         "samples": len(samples),
+        "quarantined": left_out["quarantined"],
+        "other_language": left_out["other_language"],
         "steps": plan.steps,
         "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
         **parameter_counts(start.model),
@@ -336,7 +349,7 @@ def _sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     """Sums over targets; parameters are those of one model."""
     total = dict(counts[0])
     for more in counts[1:]:
-        for key in ("samples", "steps", "truncated"):
+        for key in ("samples", "quarantined", "other_language", "steps", "truncated"):
             total[key] += more[key]
     return total
 
