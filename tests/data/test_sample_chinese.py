@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from medvlm.data.benchmarks import build_benchmark, read_benchmark
-from medvlm.data.conversations import joined_samples, read_official
+from medvlm.data.conversations import joined_samples
 from medvlm.data.figures import fetch_figures
+from medvlm.data.official_texts import read_official
 from medvlm.data.readers.llava_med import Conversation
 from medvlm.data.sample import TINY, build_corpus
 from medvlm.data.sample_questions import CLOSED, Asked
