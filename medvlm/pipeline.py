@@ -40,7 +40,7 @@ def pipeline_items(settings: Settings) -> PipelineItems:
 def _recipe_item(workspace: str, recipe: Recipe) -> RecipeItem:
     contract = f"preference/{recipe.name}" if _prefers(recipe) else "benchmark-items"
     # DVC cannot leave a dependency out for some items, so those without a router name the stage's own file twice.
-    part = f"routers/{recipe.name}" if _has_router(recipe) else f"recipes/{recipe.name}/stage3.yaml"
+    part = f"routers/{recipe.name}/router" if _has_router(recipe) else f"recipes/{recipe.name}/stage3.yaml"
     return RecipeItem(stage3_data=f"{workspace}/contracts/{contract}/result.json", stage3_part=f"{workspace}/{part}")
 
 

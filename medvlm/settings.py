@@ -22,7 +22,7 @@ __all__ = [
     "write_settings",
 ]
 
-BENCHMARKS = ("vqa-rad", "slake", "pathvqa")
+BENCHMARKS = ("vqa-rad", "slake", "slake-zh", "pathvqa")
 
 _HEADER = """\
 # What this workspace is built from. Change it by hand, or with `medvlm configure`.
@@ -88,7 +88,7 @@ class Settings(BaseModel):
     figures: FigureSettings
     alignment: str
     instruct: str
-    benchmarks: dict[Literal["vqa-rad", "slake", "pathvqa"], str]
+    benchmarks: dict[Literal["vqa-rad", "slake", "slake-zh", "pathvqa"], str]
     recipes: list[str] = Field(min_length=1)
     review_threshold: int = Field(default=50, ge=1)
     """New review decisions that start a rebuild of the datasets, where that sensor is on."""

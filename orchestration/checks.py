@@ -15,7 +15,7 @@ from orchestration.assets.datasets import (
     leakage_report,
 )
 from orchestration.assets.ingest import figures
-from orchestration.assets.training import stage3_checkpoint
+from orchestration.assets.training import preference_dataset, stage3_checkpoint
 from orchestration.metadata import markdown_table
 from orchestration.resources import DvcProject
 
@@ -31,30 +31,54 @@ def _contract_check(asset: dg.AssetsDefinition, contract: str) -> dg.AssetChecks
         description=f"The Great Expectations suite `{contract}`: python -m data_contracts {contract}",
     )
     def check(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
-        failure = ""
-        try:
-            project.reproduce(context, f"contract-{contract}")
-        except dg.Failure as error:
-            failure = error.description or ""
-        path = project.workspace.contract(contract) / "result.json"
-        if not path.exists():
-            # No result is not a broken contract: the check itself could not run.
-            raise dg.Failure(failure or f"{path} was not written")
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        rows = [
-            ("✓" if c["success"] else "✗", c["name"], c.get("observed"), c.get("expected"), c.get("broken_rows"))
-            for c in result["checks"]
-        ]
-        return dg.AssetCheckResult(
-            passed=bool(result["success"]) and not failure,
-            description=failure[-2000:],
-            metadata={
-                "rows": result["rows"],
-                "checks": markdown_table(("", "check", "observed", "expected", "broken rows"), rows),
-            },
-        )
+        passed, failure, table = _contract_result(context, project, contract, contract)
+        return dg.AssetCheckResult(passed=passed, description=failure[-2000:], metadata={"checks": table})
 
     return check
+
+
+def _contract_result(
+    context: dg.AssetCheckExecutionContext, project: DvcProject, item: str, contract: str
+) -> tuple[bool, str, dg.MarkdownMetadataValue]:
+    """Run a contract: whether it holds, the failure's words, and its checks as a table.
+
+    Raises:
+        dagster.Failure: The contract itself could not be checked.
+    """
+    failure = ""
+    try:
+        project.reproduce(context, f"contract-{item}")
+    except dg.Failure as error:
+        failure = error.description or ""
+    path = project.workspace.contract(contract) / "result.json"
+    if not path.exists():
+        # No result is not a broken contract: the check itself could not run.
+        raise dg.Failure(failure or f"{path} was not written")
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    rows = [
+        ("✓" if c["success"] else "✗", c["name"], c.get("observed"), c.get("expected"), c.get("broken_rows"))
+        for c in result["checks"]
+    ]
+    table = markdown_table(("", "check", "observed", "expected", f"broken rows of {result['rows']}"), rows)
+    return bool(result["success"]) and not failure, failure, table
+
+
+@dg.asset_check(
+    asset=preference_dataset,
+    name="preference_contract",
+    blocking=True,
+    description="The Great Expectations suite `preference`: python -m data_contracts preference --recipe R",
+)
+def preference_contract(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
+    """Of the run's recipe; run alone, of every recipe of params.yaml that learns from preferences."""
+    chosen = _partition(context)
+    wanted = [name for name in project.settings.items.preferences if chosen in (None, name)]
+    results = {name: _contract_result(context, project, f"preference@{name}", f"preference/{name}") for name in wanted}
+    return dg.AssetCheckResult(
+        passed=all(passed for passed, _, _ in results.values()),
+        description="\n".join(failure for _, failure, _ in results.values())[-2000:] or None,
+        metadata={f"checks {name}": table for name, (_, _, table) in results.items()},
+    )
 
 
 contract_checks = [
@@ -62,6 +86,7 @@ contract_checks = [
     _contract_check(alignment_dataset, "alignment"),
     _contract_check(instruct_dataset, "instruct"),
     _contract_check(benchmark_items, "benchmark-items"),
+    preference_contract,
 ]
 
 

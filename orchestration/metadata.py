@@ -27,6 +27,11 @@ def materialized(run: StageRun, folder: Path, extra: Mapping[str, Any] | None = 
     )
 
 
+def not_needed(why: str) -> dg.MaterializeResult:
+    """The result of an asset that a recipe has no use for; what is downstream goes on."""
+    return dg.MaterializeResult(metadata={"ran": False, "why": why}, data_version=dg.DataVersion("none"))
+
+
 def report_metadata(report: Report | None) -> dict[str, Any]:
     """Counts, metrics, seed, duration and versions of a report, as Dagster metadata."""
     if report is None:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from projects import copy_project
 
-from medvlm.settings import BENCHMARKS
+from medvlm.config import load_recipe
 from medvlm.store import Workspace, read_report
 
 pytestmark = pytest.mark.timeout(3000)  # a whole road, twice begun
@@ -109,7 +109,7 @@ def test_the_time_of_each_step_is_printed(walked: Walk) -> None:
     assert "Research use only" in walked.second.stdout
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("benchmark", load_recipe(RECIPE).benchmarks)
 def test_the_model_looks(walked: Walk, benchmark: str) -> None:
     rows = json.loads(walked.run("medvlm", "leaderboard", "--json").stdout)
     (row,) = [

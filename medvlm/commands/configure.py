@@ -58,7 +58,7 @@ def configure(
     for key, value in (("alignment", alignment), ("instruct", instruct)):
         # Another list has other figures: the sample's texts would join to none of them.
         values[key] = value or (shards if urls else values[key])
-    for key, value in (("vqa-rad", vqa_rad), ("slake", slake), ("pathvqa", pathvqa)):
+    for key, value in (("vqa-rad", vqa_rad), ("slake", slake), ("slake-zh", slake), ("pathvqa", pathvqa)):
         if value:
             values["benchmarks"][key] = value
     values["recipes"] = list(dict.fromkeys([*(() if sample and recipes else values["recipes"]), *recipes]))

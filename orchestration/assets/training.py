@@ -3,7 +3,7 @@
 import dagster as dg
 
 from orchestration.assets.datasets import alignment_dataset, benchmark_items, instruct_dataset
-from orchestration.metadata import loss_plot, materialized, picture
+from orchestration.metadata import loss_plot, materialized, not_needed, picture
 from orchestration.partitions import recipes
 from orchestration.resources import DvcProject
 
@@ -63,9 +63,53 @@ def stage2_checkpoint(context: dg.AssetExecutionContext, project: DvcProject) ->
     kinds={"deepspeed", "pytorch"},
     owners=["team:models"],
     partitions_def=recipes,
-    deps=[stage2_checkpoint, benchmark_items],
+    deps=[stage2_checkpoint, instruct_dataset],
+    pool=GPU_POOL,
+)
+def domain_router(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """The router of a mixture of experts, trained on modality labels; nothing for recipes without one.
+
+    Frozen afterwards: stage 3 sends each token to the expert of its image's domain.
+    """
+    recipe = context.partition_key
+    if recipe not in project.settings.items.routers:
+        return not_needed(f"{recipe} has no router to train")
+    run = project.reproduce(context, f"router@{recipe}", watch=True)
+    return materialized(run, project.workspace.router(recipe))
+
+
+@dg.asset(
+    group_name="training",
+    kinds={"parquet", "pytorch"},
+    owners=["team:data"],
+    partitions_def=recipes,
+    deps=[stage2_checkpoint, instruct_dataset],
+    pool=GPU_POOL,
+)
+def preference_dataset(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """Pairs of a better and a worse answer; nothing for recipes that learn from no preferences.
+
+    The model of stage 2 asks about an image and answers twice, a judge ranks; people's pairs from
+    the dashboard's chat join them.
+    """
+    recipe = context.partition_key
+    if recipe not in project.settings.items.preferences:
+        return not_needed(f"{recipe} learns from no preferences")
+    run = project.reproduce(context, f"preference@{recipe}", watch=True)
+    return materialized(run, project.workspace.preference(recipe))
+
+
+@dg.asset(
+    group_name="training",
+    kinds={"deepspeed", "pytorch"},
+    owners=["team:models"],
+    partitions_def=recipes,
+    deps=[stage2_checkpoint, benchmark_items, domain_router, preference_dataset],
     pool=GPU_POOL,
 )
 def stage3_checkpoint(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
-    """Fine-tuning on the train splits of medical VQA sets, one checkpoint a set or one for all."""
+    """The last stage: fine-tuning on medical VQA sets, as a mixture of experts, or on preferences.
+
+    One checkpoint a benchmark or one for all, as the recipe says.
+    """
     return _train(context, project, 3)

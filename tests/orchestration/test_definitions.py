@@ -28,7 +28,9 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
     assert parents("leakage_report") == {"alignment_dataset", "instruct_dataset", "benchmark_items"}
     assert parents("stage1_checkpoint") == {"alignment_dataset"}
     assert parents("stage2_checkpoint") == {"stage1_checkpoint", "instruct_dataset"}
-    assert parents("stage3_checkpoint") == {"stage2_checkpoint", "benchmark_items"}
+    assert parents("domain_router") == parents("preference_dataset") == {"stage2_checkpoint", "instruct_dataset"}
+    made_before_stage3 = {"stage2_checkpoint", "benchmark_items", "domain_router", "preference_dataset"}
+    assert parents("stage3_checkpoint") == made_before_stage3
     assert parents("benchmark_predictions") == {"stage3_checkpoint", "benchmark_items"}
     assert parents("benchmark_scores") == {"benchmark_predictions", "benchmark_items"}
     assert parents("leaderboard") == {"benchmark_scores"}
@@ -49,6 +51,7 @@ def test_each_contract_and_a_fallen_score_block(graph: object) -> None:
         "alignment_contract",
         "instruct_contract",
         "benchmark_items_contract",
+        "preference_contract",
         "no_leaked_images",
         "scores_hold",
         "experts_balance",
@@ -57,7 +60,7 @@ def test_each_contract_and_a_fallen_score_block(graph: object) -> None:
 
 
 def test_training_is_partitioned_by_recipe_and_takes_turns(graph: object) -> None:
-    for name in ("stage1_checkpoint", "stage2_checkpoint", "stage3_checkpoint"):
+    for name in ("stage1_checkpoint", "stage2_checkpoint", "domain_router", "preference_dataset", "stage3_checkpoint"):
         node = graph.get(dg.AssetKey(name))  # type: ignore[attr-defined]
         assert node.partitions_def.get_partition_keys() == recipe_names()
         assert node.pools == {"gpu"}
@@ -66,8 +69,10 @@ def test_training_is_partitioned_by_recipe_and_takes_turns(graph: object) -> Non
 def test_every_stage_that_an_asset_names_is_in_dvc_yaml() -> None:
     stages = set(yaml.safe_load((PROJECT_ROOT / "dvc.yaml").read_text("utf-8"))["stages"])
     assert stages >= {"corpus", "figures", "alignment", "instruct", "benchmark", "recipe", "leaderboard", "leakage"}
-    assert stages >= {"stage1", "stage2", "stage3", "predict", "score"}
-    assert stages >= {f"contract-{name}" for name in ("figures", "alignment", "instruct", "benchmark-items")}
+    assert stages >= {"stage1", "stage2", "router", "preference", "stage3", "predict", "score"}
+    assert stages >= {
+        f"contract-{name}" for name in ("figures", "alignment", "instruct", "benchmark-items", "preference")
+    }
 
 
 def test_no_schedule_spends_gpu_hours_unasked() -> None:
