@@ -246,9 +246,23 @@ def _chinese_caption(rng: random.Random, finding: Finding) -> str:
     organ = word(finding.organ, "zh")
     shown = picture if picture.startswith(organ) else f"{organ}{picture}"
     if finding.count == 0:
-        return rng.choice((f"{shown}，图中没有病变。", f"{shown}，图像正常，没有病变。"))
+        return rng.choice(
+            (
+                f"{shown}，图中没有病变。",
+                f"{shown}，图像中不存在病变，是正常的。",
+                f"这是{picture}，图片中包含{organ}，不包含病变。",
+            )
+        )
     number, size, side = word(str(finding.count), "zh"), word(finding.size, "zh"), word(finding.side, "zh")
-    return rng.choice((f"{shown}，{side}有{number}{size}病变。", f"{shown}，图中有{number}{size}病变，病变在{side}。"))
+    how_many = "有多个病变" if finding.count > 1 else "病变不多于一个"
+    return rng.choice(
+        (
+            f"{shown}，{side}有{number}{size}病变。",
+            f"{shown}，图中有{number}{size}病变，病变在{side}。",
+            f"这是{picture}，图片中包含{organ}。图像中存在{number}{size}病变，病变位于{side}。",
+            f"这不是正常的图像，是{shown}，{how_many}，病变{size}，在{side}。",
+        )
+    )
 
 
 def sentence(asked: Asked, finding: Finding, language: Language) -> str:
