@@ -26,9 +26,9 @@ BENCHMARKS = ("vqa-rad", "slake", "slake-zh", "pathvqa")
 
 _HEADER = """\
 # What this workspace is built from. Change it by hand, or with `medvlm configure`.
-# `alignment` and `instruct` say where the text comes from: an official LLaVA-Med JSON file, joined
-# to the figures by pair_id, or the figure shards themselves (captions for alignment, rule-based
-# conversations for instruct).
+# `alignment` and `instruct` say where the text comes from: an official file (LLaVA-Med's
+# JSON, ChiMed-VL's JSONL) or a folder of such, joined to the figures by pair_id, or the figure shards
+# themselves (captions for alignment, rule-based conversations for instruct).
 # `items` follows from `recipes`: what dvc.yaml repeats its stages over. After a change of `recipes` by
 # hand, run `medvlm configure`.
 """
@@ -104,8 +104,8 @@ class Settings(BaseModel):
                 urls=f"{corpus}/llava_med_image_urls.jsonl",
                 store=f"{corpus}/bucket/pmc-oa-opendata",
             ),
-            alignment=f"{corpus}/llava-med/alignment.json",
-            instruct=f"{corpus}/llava-med/instruct.json",
+            alignment=f"{corpus}/alignment",
+            instruct=f"{corpus}/instruct",
             # One release holds SLAKE in both languages.
             benchmarks={name: f"{corpus}/{name.removesuffix('-zh')}" for name in BENCHMARKS},
             recipes=recipes or ["tiny-llava-med"],

@@ -178,7 +178,7 @@ def test_a_retraction_leaves_the_figures_and_makes_the_datasets_stale(walked: Wa
 
 
 def test_a_broken_contract_stops_dvc_before_training(walked: Walk) -> None:
-    official = walked.workspace.corpus / "llava-med" / "alignment.json"
+    official = walked.workspace.corpus / "alignment" / "llava_med_alignment.json"
     rows = json.loads(official.read_text("utf-8"))
     for row in rows:
         turns = row.get("conversations") or row.get("conversatons")

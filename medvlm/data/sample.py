@@ -123,7 +123,6 @@ def _write_texts(folder: Path, rng: random.Random, chinese: random.Random, figur
     """One folder a dataset, with an official file a language: English in LLaVA-Med's format, Chinese in ChiMed-VL's."""
     for name, rows in (("alignment", alignment_rows(rng, figures)), ("instruct", instruct_rows(rng, figures))):
         write_rows(folder / name / f"llava_med_{name}.json", rows)
-        write_rows(folder / "llava-med" / f"{name}.json", rows)
     write_lines(folder / "alignment" / "ChiMed-VL-Alignment.jsonl", chinese_alignment_rows(chinese, figures))
     write_lines(folder / "instruct" / "ChiMed-VL-Instruction.jsonl", chinese_instruct_rows(chinese, figures))
 
@@ -155,7 +154,7 @@ Drawn by `medvlm corpus --seed {seed}`.
   `expected.json` says what a fetch under the `research` policy has to make of each row.
 - `llava_med_image_urls.jsonl`: the figures wanted, in LLaVA-Med's list format.
 - `alignment/`, `instruct/`: texts about those figures, in English (LLaVA-Med's JSON) and Chinese (ChiMed-VL's
-  JSON Lines). `llava-med/` holds the English ones again.
+  JSON Lines).
 - `vqa-rad/`, `slake/`, `pathvqa/`: question sets in the official formats, `slake/` in English and Chinese. A
   Chinese yes or no is said as in SLAKE ("包含", "没有"). No picture is in two splits; by
   perceptual hash, every picture is at least {MIN_PHASH_DISTANCE} bits of 64 away from each held-out one.

@@ -158,7 +158,9 @@ def test_articles_look_like_the_real_ones(corpus: Path, real_data: Path) -> None
 
 
 def test_captions_and_mentions_are_in_the_jats(corpus: Path) -> None:
-    captions = {row["id"]: row["conversations"][1]["value"] for row in read(corpus / "llava-med" / "alignment.json")}
+    captions = {
+        row["id"]: row["conversations"][1]["value"] for row in read(corpus / "alignment" / "llava_med_alignment.json")
+    }
     ranges = 0
     for path in sorted((corpus / "bucket" / "pmc-oa-opendata").glob("PMC*/*.xml")):
         article = parse_jats(path.read_bytes())
