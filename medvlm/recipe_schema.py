@@ -13,11 +13,14 @@ from medvlm.errors import RecipeError
 __all__ = [
     "SIZE",
     "SOURCE",
+    "Adapter",
     "Checkpoints",
     "Decoding",
     "LanguageModel",
+    "Lora",
     "Model",
     "Projector",
+    "Rates",
     "Recipe",
     "Role",
     "Stage",
@@ -40,7 +43,7 @@ SOURCE = Role("source")
 """Where weights, tokenizer or data come from."""
 
 StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
-TemplateName = Literal["plain", "vicuna_v1", "mistral_instruct", "llama_2", "llama2_chinese", "phi"]
+TemplateName = Literal["plain", "vicuna_v1", "vicuna_v1_sq", "mistral_instruct", "llama_2", "llama2_chinese", "phi"]
 Part = Literal["vision_tower", "projector", "language_model"]
 
 Size = Annotated[int, Field(gt=0), SIZE]
@@ -92,7 +95,15 @@ class VisionTower(_Section):
 class Projector(_Section):
     """What turns patch features into embeddings of the language model."""
 
-    kind: Literal["linear", "mlp2x_gelu"]
+    kind: Literal["linear", "mlp2x_gelu", "cluster"]
+    prototypes: Size | None = None
+    """Learned cluster centres of the ``cluster`` kind; null for the others."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Projector:
+        if (self.kind == "cluster") != (self.prototypes is not None):
+            raise ValueError(f"prototypes belongs to kind 'cluster', and kind is {self.kind!r}")
+        return self
 
 
 class LanguageModel(_Section):
@@ -153,17 +164,50 @@ class Checkpoints(_Section):
     keep: Annotated[int, Field(ge=1)]
 
 
+class Adapter(_Section):
+    """Low-rank matrices that learn in place of a part's own (LoRA, Hu et al. 2021)."""
+
+    rank: Size
+    alpha: Size
+    """Their product is added times ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Of what the first matrix reads."""
+    reference_alpha: Annotated[int, Field(gt=0)]
+    """Alpha at which the published learning rate was set; see ``medvlm.training.lora.rate_ratios``."""
+
+
+class Lora(_Section):
+    """Parts that learn through an adapter; their own weights stay, and take it up at the stage's end."""
+
+    vision_tower: Adapter | None = None
+    language_model: Adapter | None = None
+
+
+class Rates(_Section):
+    """Learning rates of parts that differ from the stage's."""
+
+    vision_tower: Annotated[float, Field(gt=0)] | None = None
+    projector: Annotated[float, Field(gt=0)] | None = None
+    language_model: Annotated[float, Field(gt=0)] | None = None
+
+
 class Stage(_Section):
     """One training stage. A stage differs by its values, never by another script."""
 
     name: StageName
-    data: Literal["alignment", "instruct", "benchmarks"]
-    """``benchmarks`` are the train splits of ``Recipe.benchmarks``."""
+    data: Literal["alignment", "instruct", "benchmarks", "preference"]
+    """``benchmarks`` are the train splits of ``Recipe.benchmarks``; ``preference`` the recipe's own pairs."""
     targets: Literal["all", "each"]
     """``each`` makes one checkpoint for each benchmark, every one from the same start."""
     trains: Annotated[tuple[Part, ...], Field(min_length=1)]
-    objective: Literal["answer"]
+    objective: Literal["answer", "dpo"]
+    """``dpo`` learns from preference pairs: direct preference optimisation (Rafailov et al. 2023)."""
+    preference_beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly ``dpo`` holds the model to its start."""
     template: TemplateName
+    self_question_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that a user turn after the first is learned as a question that the model asks itself."""
+    lora: Lora | None = None
     epochs: Annotated[float, Field(gt=0), SIZE]
     max_steps: Annotated[int, Field(gt=0), SIZE] | None
     """Ends the stage earlier than its epochs would."""
@@ -191,6 +235,8 @@ class Stage(_Section):
     At the published size every ratio is 1. Measured on phantoms with a language model of 128 x 3 layers: rates of
     1e-3 and 2e-3 learned best, 6.4e-4 (width alone) was slower and 2e-5 does not learn; the rule gives 2.1e-3.
     """
+    learning_rates: Rates = Rates()
+    """Published rates of parts that have one of their own."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)]
     schedule: Literal["cosine", "linear", "constant"]
     weight_decay: Annotated[float, Field(ge=0)]
@@ -214,7 +260,27 @@ class Stage(_Section):
             raise ValueError(f"targets 'each' needs data 'benchmarks', not {self.data!r}")
         if self.samples_per_image > 1 and self.template == "plain":
             raise ValueError("samples_per_image above 1 needs a template with turns, and plain has none")
+        if (self.objective == "dpo") != (self.data == "preference"):
+            raise ValueError(
+                f"objective 'dpo' and data 'preference' belong together, not {self.data!r} and {self.objective!r}"
+            )
+        if self.objective == "dpo" and self.samples_per_image > 1:
+            raise ValueError("objective 'dpo' compares single answers: samples_per_image must be 1")
+        if self.self_question_ratio and self.template != "vicuna_v1_sq":
+            raise ValueError(f"self_question_ratio needs the template vicuna_v1_sq, {self.template} has no role for it")
+        for part in ("vision_tower", "language_model"):
+            if self.lora is not None and getattr(self.lora, part) is not None and part not in self.trains:
+                raise ValueError(f"lora.{part} is set, but trains does not name {part}")
         return self
+
+    def rate(self, part: Part) -> float:
+        """The published learning rate of a part."""
+        own: float | None = getattr(self.learning_rates, part)
+        return self.learning_rate if own is None else own
+
+    def adapter(self, part: Part) -> Adapter | None:
+        """The adapter through which a part learns; None where it learns itself or not at all."""
+        return None if self.lora is None or part == "projector" else getattr(self.lora, part)
 
 
 class Decoding(_Section):
@@ -317,7 +383,16 @@ def field_model(path: tuple[str, ...]) -> type[BaseModel] | None:
             model = Stage
             continue
         field = model.model_fields.get(key)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        section = None if field is None else _section(field.annotation)
+        if section is None:
             return None
-        model = field.annotation
+        model = section
     return model
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be null."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -1,17 +1,23 @@
-"""Projectors: patch features of the tower → embeddings of the language model. One class a kind."""
+"""Projectors: patch features of the tower → embeddings of the language model. One class a kind.
+
+Shape letters: N images, P patches, V tower width, K prototypes, D model width.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-__all__ = ["PROJECTORS", "LinearProjector", "MLPProjector"]
+__all__ = ["PROJECTORS", "ClusterProjector", "LinearProjector", "MLPProjector"]
 
 
 class LinearProjector(nn.Module):
@@ -44,5 +50,71 @@ class MLPProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features_NPV)))
 
 
-PROJECTORS: dict[str, Callable[[Any], nn.Module]] = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
+class ClusterProjector(nn.Module):
+    """Prototype extractor, then two linear layers: SQ-LLaVA and STLLaVA-Med.
+
+    Learned prototypes gather the patches that resemble them and give back what they gathered, so that a
+    patch knows of the others of its kind before it is projected. From the description in SQ-LLaVA (Sun et
+    al. 2024, section 3.3) and ClusterFormer (Liang et al. 2023, section 3.1): cross-attention in which patches
+    choose among centres, a few rounds of it, then dispatch by similarity. Our own implementation; its weights
+    are not those of the published files.
+
+    Shapes: features (N, P, V) → K centres (N, K, V) → features (N, P, V) → embeddings (N, P, D). A permutation
+    of an image's patches permutes its embeddings and changes nothing else; images do not see each other.
+
+    Args:
+        config: ``projector_prototypes`` is K; V and D are the widths of tower and language model.
+    """
+
+    rounds = 3
+    """How often centres gather; ClusterFormer's number."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        tower, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        # Drawn like every other weight from the seed of whoever builds the model.
+        self.prototypes = nn.Parameter(torch.randn(config.projector_prototypes, tower))
+        self.norm = nn.LayerNorm(tower)
+        self.query = nn.Linear(tower, tower, bias=False)
+        self.key = nn.Linear(tower, tower, bias=False)
+        self.value = nn.Linear(tower, tower, bias=False)
+        # exp of it multiplies cosines: 10 tells centres apart from the start without being a hard choice.
+        self.log_sharpness = nn.Parameter(torch.full((1,), math.log(10.0)))
+        self.linear_1 = nn.Linear(tower, width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features_NPV: Tensor) -> Tensor:
+        """Embeddings (N, P, D) of patch features (N, P, V)."""
+        given_NPV = self.dispatch(features_NPV, self.centres(features_NPV))
+        return self.linear_2(self.act(self.linear_1(features_NPV + given_NPV)))
+
+    def centres(self, features_NPV: Tensor) -> Tensor:
+        """What each prototype gathered from an image's patches, (N, K, V)."""
+        normed_NPV = self.norm(features_NPV)
+        keys_NPV, values_NPV = self.key(normed_NPV), self.value(normed_NPV)
+        centres_NKV = self.prototypes.expand(features_NPV.shape[0], -1, -1)
+        for _ in range(self.rounds):
+            choice_NPK = self._similarity(keys_NPV, self.query(centres_NKV)).softmax(-1)
+            # A mean over the patches that chose a centre, whatever their number.
+            weight_NPK = choice_NPK / (choice_NPK.sum(1, keepdim=True) + 1e-6)
+            centres_NKV = self.prototypes + weight_NPK.transpose(1, 2) @ values_NPV
+        return centres_NKV
+
+    def dispatch(self, features_NPV: Tensor, centres_NKV: Tensor) -> Tensor:
+        """What each patch gets back: the centres, by their likeness to it, (N, P, V)."""
+        likeness_NPK = self._similarity(self.key(self.norm(features_NPV)), self.query(centres_NKV)).softmax(-1)
+        return likeness_NPK @ centres_NKV
+
+    def _similarity(self, patches_NPV: Tensor, centres_NKV: Tensor) -> Tensor:
+        """Cosines (N, P, K), sharpened."""
+        cosine_NPK = functional.normalize(patches_NPV, dim=-1) @ functional.normalize(centres_NKV, dim=-1).mT
+        return cosine_NPK * self.log_sharpness.exp()
+
+
+PROJECTORS: dict[str, Callable[[Any], nn.Module]] = {
+    "linear": LinearProjector,
+    "mlp2x_gelu": MLPProjector,
+    "cluster": ClusterProjector,
+}
 """A kind's name in the recipe and in config.json → what builds it from the model's configuration."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from medvlm.recipe_schema import TemplateName
@@ -17,6 +17,14 @@ IMAGE_MARK = "<image>"
 _ASSISTANT = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+# SQ-LLaVA's words, kept as published: its weights were trained with them.
+_SELF_QUESTIONING = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "Also, the artificial intelligence assistant is a curious virtual user. The virtual user asks complex questions "
+    "that are relevant to the content in the image, for example, asking about background knowledge of the objects in "
+    "the image, asking to discuss about events happening in the image, etc. Again, do not ask about uncertain details."
 )
 _LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -34,6 +42,12 @@ class Template:
     """Around every later user turn."""
     assistant: str
     """Around an assistant turn. All of it carries loss: the answer, and that it ends."""
+    asks: str = ""
+    """The role under which the model asks a question itself; empty where it never does."""
+    asked: str = ""
+    """Around a question that the model asks. All of it carries loss."""
+    then: str = ""
+    """What follows such a question, up to the answer."""
 
 
 TEMPLATES: dict[TemplateName, Template] = {
@@ -42,6 +56,15 @@ TEMPLATES: dict[TemplateName, Template] = {
     # LLaVA conv_vicuna_v1: separators " " and "</s>".
     "vicuna_v1": Template(
         first=f"{_ASSISTANT} USER: {{text}} ASSISTANT:", user="USER: {text} ASSISTANT:", assistant=" {text}{eos}"
+    ),
+    # SQ-LLaVA conv_vicuna_v1_sq: a third role asks. The answer to its question is the assistant's.
+    "vicuna_v1_sq": Template(
+        first=f"{_SELF_QUESTIONING} USER: {{text}} ASSISTANT:",
+        user="USER: {text} ASSISTANT:",
+        assistant=" {text}{eos}",
+        asks="VUSER:",
+        asked=" {text}{eos}",
+        then=" ASSISTANT:",
     ),
     # conv_mistral_instruct of LLaVA-Med v1.5: written by Llama 2's code (a blank on each side of the answer), with
     # neither system prompt nor a begin mark between turns. Mistral's own chat template has no blank before the end.
@@ -77,7 +100,14 @@ class Segment:
 
 
 def render(
-    template: Template, turns: Sequence[Turn], *, image: str, bos: str, eos: str, reserved: Sequence[str]
+    template: Template,
+    turns: Sequence[Turn],
+    *,
+    image: str,
+    bos: str,
+    eos: str,
+    reserved: Sequence[str],
+    asked: Collection[int] = (),
 ) -> list[Segment]:
     """Turns as text with the template around them.
 
@@ -89,12 +119,19 @@ def render(
         eos: The tokenizer's end mark.
         reserved: Marks that a turn's own text cannot use: they are taken apart by a blank, so that
             a foreign text can neither end a turn nor bring in an image.
+        asked: Indices of user turns, never the first, that the model asks itself.
     """
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
             text = _defused(turn.text, reserved)
             segments.append(Segment(_filled(template.assistant, text, bos, eos), learned=True))
+            continue
+        if index in asked:
+            text = _defused(turn.text, reserved)
+            segments.append(Segment(template.asks, learned=False))
+            segments.append(Segment(_filled(template.asked, text, bos, eos), learned=True))
+            segments.append(Segment(template.then, learned=False))
             continue
         around = template.user if index else template.first
         parts = [_defused(part, reserved) for part in turn.text.split(IMAGE_MARK)]
@@ -117,7 +154,7 @@ def fixed_phrases(template: Template) -> list[str]:
     """The texts that a template repeats in every sample, longest first, without the blank before a turn's text."""
     phrases = {
         part.removesuffix(" ")
-        for around in (template.first, template.user)
+        for around in (template.first, template.user, template.asks, template.then)
         for part in re.split(r"\{text\}|\{bos\}|\{eos\}", around)
     }
     return sorted((p for p in phrases if p.strip() and p != IMAGE_MARK), key=lambda p: (-len(p), p))

@@ -28,6 +28,7 @@ class MedVLMConfig(LlavaConfig):
 
     model_type = "medvlm"
     projector_kind: str = "linear"
+    projector_prototypes: int | None = None
 
 
 class MedVLMModel(LlavaModel):

@@ -5,7 +5,8 @@ Shape letters: B batch, L sequence, N images, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["IGNORED", "ConversationEncoder", "Encoded", "collate"]
+__all__ = ["IGNORED", "ConversationEncoder", "Encoded", "collate", "self_questions"]
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -59,11 +60,17 @@ class ConversationEncoder:
         self.eos: str = marks.eos_token or ""
         self.reserved: list[str] = [m for m in (*special_marks(recipe), self.bos, self.eos, marks.pad_token) if m]
 
-    def encode(self, turns: Sequence[Turn], sample_id: str) -> Encoded:
-        """Ids and labels of a conversation that ends with an answer; only answers carry loss.
+    def encode(self, turns: Sequence[Turn], sample_id: str, asked: Collection[int] = ()) -> Encoded:
+        """Ids and labels of a conversation that ends with an answer; answers and asked questions carry loss.
 
         Where it is longer than ``max_length``, the oldest question-answer pairs go first (the image
         moves to the first question that stays), then the end of the last answer. Never the image.
+
+        Args:
+            turns: User and assistant in turn.
+            sample_id: Named in errors.
+            asked: Indices of user turns that the model learns to ask itself (``self_questions``). The
+                first turn brings the image and is never one.
 
         Raises:
             InputError: The image is not there exactly once, turns do not alternate, or even one
@@ -71,11 +78,13 @@ class ConversationEncoder:
         """
         self._check(turns, sample_id)
         cut = 0
-        ids, labels = self._tokens(turns)
+        asked = {index for index in asked if index}
+        ids, labels = self._tokens(turns, asked)
         while len(ids) > self.max_length and len(turns) > 2:
             before = len(ids)
             turns = [Turn("user", f"{IMAGE_MARK}\n{turns[2].text}"), *turns[3:]]
-            ids, labels = self._tokens(turns)
+            asked = {index - 2 for index in asked if index > 2}
+            ids, labels = self._tokens(turns, asked)
             cut += before - len(ids)
         if len(ids) > self.max_length:
             cut += len(ids) - self.max_length
@@ -97,6 +106,23 @@ class ConversationEncoder:
         """
         return self._tokens([Turn("user", text)] if isinstance(text, str) else text)[0]
 
+    def asking_prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation that ends with an answer, up to where the model asks a question itself.
+
+        Raises:
+            InputError: The template has no role that asks.
+        """
+        if not self.template.asks:
+            raise InputError(
+                "this model was not taught to ask questions",
+                where="the stage's template",
+                hint="take a recipe with self_question_ratio, such as stllava-med, or ask questions of a dataset",
+            )
+        # Where it stands in training, the role's mark follows the end of an answer: the same tokens here.
+        last = Turn("user", "")
+        ids, labels = self._tokens([*turns, last], {len(turns)})
+        return ids[: _last_run(labels)]
+
     def _check(self, turns: Sequence[Turn], sample_id: str) -> None:
         roles = [turn.role for turn in turns]
         if not turns or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
@@ -113,9 +139,15 @@ class ConversationEncoder:
                 hint="check the step that built the dataset",
             )
 
-    def _tokens(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    def _tokens(self, turns: Sequence[Turn], asked: Collection[int] = ()) -> tuple[list[int], list[int]]:
         segments = render(
-            self.template, turns, image=self.image_text, bos=self.bos, eos=self.eos, reserved=self.reserved
+            self.template,
+            turns,
+            image=self.image_text,
+            bos=self.bos,
+            eos=self.eos,
+            reserved=self.reserved,
+            asked=asked,
         )
         # The whole text at once, as a tokenizer joins across segments; offsets tell what is learned.
         encoding: Any = self.tokenizer(
@@ -133,6 +165,36 @@ class ConversationEncoder:
             ids += [token] * count
             labels += [token if inside else IGNORED] * count
         return ids, labels
+
+
+def _last_run(labels: Sequence[int]) -> int:
+    """Where the last run of learned tokens begins."""
+    end = max(index for index, label in enumerate(labels) if label != IGNORED)
+    start = end
+    while start and labels[start - 1] != IGNORED:
+        start -= 1
+    return start
+
+
+def self_questions(turns: int, sample_id: str, epoch: int, *, ratio: float, seed: int) -> frozenset[int]:
+    """Which user turns the model learns to ask itself: a pure function, so that a resumed run draws the same.
+
+    Each user turn after the first is one with probability ``ratio``, drawn anew in each epoch (SQ-LLaVA's
+    ``sq_r``). The answers are learned either way.
+
+    Args:
+        turns: Length of the conversation, user and assistant in turn.
+        sample_id: Of the conversation.
+        epoch: 0 for the first.
+        ratio: 0 to 1.
+        seed: Of the recipe.
+    """
+    return frozenset(index for index in range(2, turns, 2) if _chance(f"{seed}/{epoch}/{index}/{sample_id}") < ratio)
+
+
+def _chance(key: str) -> float:
+    """A number from 0 to below 1 that looks random and follows from the key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
 
 
 def _learned_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from medvlm.models.vision import ImageProcessor
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.records import Sample, Turn, VQAItem, from_row
 from medvlm.store import Workspace, fingerprint, read_json, shard_paths
-from medvlm.training.collate import ConversationEncoder, Encoded
+from medvlm.training.collate import ConversationEncoder, Encoded, self_questions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,6 +246,7 @@ class StagePlan:
         self._per_image = stage.samples_per_image
         self._batch = stage.global_batch
         self._seed = seed
+        self._ratio = stage.self_question_ratio
         self._lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
         groups: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
@@ -263,6 +264,10 @@ class StagePlan:
         """Indices of the samples that share the run's sequence number ``position``."""
         epoch, place = divmod(position, self.sequences_per_epoch)
         return self._epoch(epoch)[place]
+
+    def asked(self, turns: int, name: str, epoch: int) -> frozenset[int]:
+        """Indices of the turns of a conversation that the model asks itself in an epoch."""
+        return self_questions(turns, name, epoch, ratio=self._ratio, seed=self._seed)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # a plan lives as long as its run
     def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
@@ -303,15 +308,16 @@ class TrainingSet:
         """
         samples = [self._samples[index] for index in self._plan[position]]
         return {
-            "encoded": self.encode(samples),
+            "encoded": self.encode(samples, position // self._plan.sequences_per_epoch),
             "pixels": self._pixels(samples[0]),
             "sample_ids": [sample.sample_id for sample in samples],
         }
 
-    def encode(self, samples: Sequence[StageSample]) -> Encoded:
+    def encode(self, samples: Sequence[StageSample], epoch: int = 0) -> Encoded:
         """Samples of one image as one conversation: later ones lose the image mark that the first has."""
         turns = list(samples[0].turns)
         for sample in samples[1:]:
             question, *rest = sample.turns
             turns += [Turn("user", question.text.replace(IMAGE_MARK, "").strip()), *rest]
-        return self._encoder.encode(turns, ", ".join(sample.sample_id for sample in samples))
+        name = ", ".join(sample.sample_id for sample in samples)
+        return self._encoder.encode(turns, name, self._plan.asked(len(turns), name, epoch))
