@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from medvlm.cli import print_json
-from medvlm.store import Report, Workspace, iterate_records
-
-if TYPE_CHECKING:
-    from medvlm.data.endpoint import ChatClient
-    from medvlm.data.preference import GenerationRequest
+from medvlm.commands.building import BUDGET_OPTION, JSON_OPTION, KEEP_OPTION, ChatAccess, print_report
+from medvlm.commands.preference import build_preference
+from medvlm.store import Workspace
 
 __all__ = ["dataset"]
-
-BUDGET_OPTION = click.option("--token-budget", type=click.IntRange(1), help="Most tokens to spend on the endpoint.")
-KEEP_OPTION = click.option(
-    "--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with."
-)
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group()
@@ -101,160 +90,7 @@ def build(
             report = build_instruct(
                 workspace, official=official, figures=shards, client=chat, seed=seed, keep_leaked=keep_leaked
             )
-    _print_report(report, as_json)
-
-
-@dataset.command("build-preference")
-@click.option("--recipe", required=True, help="Whose pairs these are, and whose model asks and answers.")
-@click.option("--official", type=click.Path(path_type=Path), help="STLLaVA-Med-DPO's JSON, joined to the figures.")
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="The model; the recipe's own after stage 2 by default."
-)
-@click.option("--about", default="instruct", show_default=True, help="The dataset whose images are asked about.")
-@click.option(
-    "--ask",
-    type=click.Choice(["model", "dataset"]),
-    default="model",
-    show_default=True,
-    help="Whose questions; dataset for a model that was not taught to ask.",
-)
-@click.option("--questions", type=click.IntRange(1, 20), default=1, show_default=True, help="For each image.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0.01, 5),
-    default=0.8,
-    show_default=True,
-    help="Of the answers.",
-)
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
-@click.option("--limit", type=click.IntRange(1), help="As many images, the first ones.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides requests and sampling.")
-@click.option("--endpoint", is_flag=True, help="A chat model judges; else the overlap with the known answer does.")
-@BUDGET_OPTION
-@KEEP_OPTION
-@JSON_OPTION
-@click.pass_obj
-def build_preference(
-    obj: str,
-    recipe: str,
-    official: Path | None,
-    checkpoint: Path | None,
-    endpoint: bool,
-    token_budget: int | None,
-    keep_leaked: bool,
-    as_json: bool,
-    **asking: Any,
-) -> None:
-    """Build a recipe's preference pairs: its model answers each question twice, or published ones.
-
-    What people preferred in the chat is added. The judge's endpoint is named by the environment, as for
-    'dataset build --endpoint'.
-
-    \b
-    medvlm dataset build-preference --recipe tiny-llava-med --limit 200
-    medvlm dataset build-preference --recipe llava-med --official stllava_dpo.json
-    """
-    from medvlm.data import preference
-    from medvlm.data.conversations import decisions
-
-    workspace = Workspace(Path(obj)).ensure()
-    if official and (checkpoint or endpoint):
-        raise click.UsageError("with --official, the published JSON, no model asks and none judges")
-    if official:
-        rows = preference.join_preferences(workspace.figure_shards, official, decisions(workspace, "figures"))
-        report = preference.build_preference(workspace, recipe, rows, official=official, keep_leaked=keep_leaked)
-    else:
-        access = ChatAccess(token_budget, concurrency=1) if endpoint else None
-        folder = checkpoint or workspace.checkpoint(recipe, 2)
-        report = _ask_checkpoint(workspace, recipe, folder, access, Asking(**asking), keep_leaked)
-    _print_report(report, as_json)
-
-
-@dataclasses.dataclass(frozen=True)
-class Asking:
-    """How a model is asked for preference pairs."""
-
-    about: str
-    ask: Literal["model", "dataset"]
-    questions: int
-    temperature: float
-    max_tokens: int
-    limit: int | None
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatAccess:
-    """How much of the endpoint that the environment names may be used."""
-
-    token_budget: int | None
-    concurrency: int
-
-    @contextmanager
-    def opened(self, workspace: Workspace) -> Generator[ChatClient]:
-        """A client whose answers are kept in the workspace; says in the end what was spent."""
-        from medvlm.data.endpoint import ChatClient, Endpoint, EndpointSettings, TokenBudget
-        from medvlm.data.response_cache import ResponseCache
-
-        endpoint = Endpoint.from_environment()
-        with ResponseCache(workspace.scratch("endpoint") / "answers.sqlite") as cache:
-            settings = EndpointSettings(concurrency=self.concurrency)
-            client = ChatClient(endpoint, cache, budget=TokenBudget(self.token_budget), settings=settings)
-            yield client
-            click.echo(f"spent {client.budget.spent:,} tokens", err=True)
-
-
-def _ask_checkpoint(
-    workspace: Workspace,
-    recipe: str,
-    checkpoint: Path,
-    access: ChatAccess | None,
-    asking: Asking,
-    keep_leaked: bool,
-) -> Report:
-    from medvlm.data.conversations import count_rows
-    from medvlm.data.judges import EndpointJudge, OverlapJudge
-    from medvlm.data.preference import build_preference, self_preferences
-    from medvlm.data.watched import watched
-    from medvlm.records import Sample
-
-    with access.opened(workspace) if access else nullcontext() as client:
-        folder = workspace.samples(asking.about)
-        total = min(count_rows(folder), asking.limit or count_rows(folder))
-        samples = itertools.islice(iterate_records(folder, Sample), total)
-        rows = self_preferences(
-            watched(samples, total, "images"),
-            _answering(checkpoint, asking.temperature, asking.max_tokens),
-            EndpointJudge(client) if client else OverlapJudge(),
-            questions=asking.questions,
-            ask=asking.ask,
-            seed=asking.seed,
-        )
-        return build_preference(workspace, recipe, rows, seed=asking.seed, keep_leaked=keep_leaked)
-
-
-def _answering(
-    checkpoint: Path, temperature: float, max_tokens: int
-) -> Callable[[Sequence[GenerationRequest]], list[str]]:
-    """The checkpoint as the function that preference building asks."""
-    from medvlm.records import Turn
-    from medvlm.serving.chat import ChatModel, Sampling
-
-    model = ChatModel.load(checkpoint)
-
-    def answer(requests: Sequence[GenerationRequest]) -> list[str]:
-        return [
-            "".join(
-                model.stream(
-                    request.image,
-                    [Turn("user", request.prompt)],
-                    Sampling(temperature, max_new_tokens=max_tokens, seed=request.seed),
-                )
-            )
-            for request in requests
-        ]
-
-    return answer
+    print_report(report, as_json)
 
 
 @dataset.command("build-benchmark")
@@ -286,7 +122,7 @@ def build_benchmark(workspace: str, name: str, source: Path, tolerated_missing: 
     from medvlm.data import benchmarks
 
     report = benchmarks.build_benchmark(Workspace(Path(workspace)).ensure(), name, source, tolerance=tolerated_missing)
-    _print_report(report, as_json)
+    print_report(report, as_json)
 
 
 @dataset.command("describe")
@@ -341,7 +177,7 @@ def split(obj: str, name: str, validation: float, test: float, seed: int, as_jso
     from medvlm.data.split import split_dataset
 
     report = split_dataset(Workspace(Path(obj)).ensure(), name, validation=validation, test=test, seed=seed)
-    _print_report(report, as_json)
+    print_report(report, as_json)
 
 
 @dataset.command("card")
@@ -359,12 +195,4 @@ def card(obj: str, names: tuple[str, ...]) -> None:
         click.echo(write_card(Workspace(Path(obj)).ensure(), name))
 
 
-def _print_report(report: Report, as_json: bool) -> None:
-    if as_json:
-        print_json(dataclasses.asdict(report))
-        return
-    click.echo(f"{report.step}: done in {report.duration_s:.1f} s")
-    for name, count in report.counts.items():
-        click.echo(f"  {name:<24} {count:>9,}")
-    for reason, lost in report.details.get("dropped", {}).items():
-        click.echo(f"  dropped, {reason}: {lost['count']:,}, such as {lost['first'][0]}")
+dataset.add_command(build_preference)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from medvlm.data.card import write_card
 from medvlm.data.conversations import figures_are_synthetic, pick, prompts, usable_figures, without_leaked
@@ -19,6 +20,7 @@ from medvlm.data.readers.llava_med import SLOT
 from medvlm.data.readers.source import Dropped
 from medvlm.data.readers.stllava_dpo import PreferenceText, read_preferences
 from medvlm.data.tally import Tally
+from medvlm.data.traces import normalise_question
 from medvlm.errors import InputError
 from medvlm.records import PreferencePair, Sample
 from medvlm.review import Verdict as ReviewVerdict
@@ -33,14 +35,19 @@ from medvlm.store import (
 )
 
 __all__ = [
-    "Generate",
+    "Asks",
     "GenerationRequest",
+    "Writer",
     "build_preference",
     "join_preferences",
     "self_preferences",
 ]
 
-BATCH = 16
+BATCH = 64
+"""Images that are asked about at once."""
+
+Asks = Literal["model", "dataset", "both"]
+"""Whose questions are answered: with ``both``, the dataset's where the model's text is no question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +61,16 @@ class GenerationRequest:
     """Of the sampling: two answers to one question differ by it alone."""
 
 
-Generate = Callable[[Sequence[GenerationRequest]], Sequence[str]]
-"""The model: one text for each request, in their order. Given by the caller; this module loads none."""
+class Writer(Protocol):
+    """A model that samples. Given by the caller: this module loads none."""
+
+    def ask(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
+        """A question about each request's image, in their order; the prompts are for a model with no role that asks."""
+        ...
+
+    def answer(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
+        """An answer to each request's prompt, in their order."""
+        ...
 
 
 def build_preference(
@@ -65,6 +80,7 @@ def build_preference(
     *,
     official: Path | None = None,
     seed: int | None = None,
+    details: Mapping[str, Any] | None = None,
     keep_leaked: bool = False,
 ) -> Report:
     """Write preference pairs and their report; ties, equal answers and misses are counted.
@@ -77,6 +93,7 @@ def build_preference(
         rows: Of ``join_preferences`` or ``self_preferences``.
         official: The published file, to report whether it is the published content.
         seed: Of the rows, for the report.
+        details: More for the report; read after the last row.
         keep_leaked: Keep images that a benchmark of this workspace tests with.
 
     Raises:
@@ -100,12 +117,12 @@ def build_preference(
 
     folder = workspace.preference_pairs(recipe)
     write_records(folder, PreferencePair, counted())
-    details = tally.details() | {"synthetic": figures_are_synthetic(workspace)}
-    details |= {"files": [official_state(official)]} if official else {}
+    said = tally.details() | {"synthetic": figures_are_synthetic(workspace)} | dict(details or {})
+    said |= {"files": [official_state(official)]} if official else {}
     report = Report(
         step=f"build preference {recipe}",
         counts={"pairs": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")},
-        details=details,
+        details=said,
         seed=seed,
         fingerprint=fingerprint(*shard_paths(folder)),
     )
@@ -163,37 +180,41 @@ class _Asked:
     number: int
     question: str
     reference: str
+    by: Literal["model", "dataset"]
 
 
 def self_preferences(
     samples: Iterable[Sample],
-    generate: Generate,
+    writer: Writer,
     judge: Judge,
     *,
     questions: int = 1,
-    ask: Literal["model", "dataset"] = "model",
+    ask: Asks = "both",
     seed: int = 0,
+    asked_by: Counter[str] | None = None,
 ) -> Iterator[PreferencePair | Dropped]:
     """Pairs that the model makes about the images of a training set, as STLLaVA-Med does.
 
     Args:
-        samples: Whose images are asked about; their answers are the judge's reference.
-        generate: The model, sampling.
+        samples: Whose images are asked about. The judge's reference is their answer to the question where
+            they have it, else all of their answers.
+        writer: The model, sampling.
         judge: Ranks the two answers.
         questions: For each image, at most. Repeated ones are dropped.
-        ask: Whether the model asks, or the questions of the samples are taken: for a model that
-            was never taught to ask. Then the reference is the sample's answer to that question.
+        ask: Whether the model asks, or the questions of the samples are taken.
         seed: Decides the requests and the sampling seeds.
+        asked_by: Gets how many questions are the model's and how many the dataset's.
 
     Yields:
         Pairs; and ``question_malformed``, ``question_repeated``, ``answer_empty``, ``answers_equal``, ``tie`` or the
         judge's own reason for each question that gave none.
     """
+    counts = asked_by if asked_by is not None else Counter[str]()
     for batch in _batches(samples, BATCH):
         if ask == "dataset":
             rows = [asked for sample in batch for asked in _dataset_questions(sample)[:questions]]
         else:
-            rows = list(_model_questions(batch, generate, questions, seed))
+            rows = list(_model_questions(batch, writer, questions, seed, fall_back=ask == "both"))
         usable: list[_Asked] = []
         for row in rows:
             if isinstance(row, Dropped):
@@ -201,20 +222,23 @@ def self_preferences(
             elif any(other.sample is row.sample and other.question == row.question for other in usable):
                 yield Dropped(row.sample.sample_id, "question_repeated", row.question)
             else:
+                counts[row.by] += 1
                 usable.append(row)
-        yield from _answered(usable, generate, judge, seed)
+        yield from _answered(usable, writer, judge, seed)
 
 
 def _dataset_questions(sample: Sample) -> list[_Asked]:
     rounds = zip(sample.turns[::2], sample.turns[1::2], strict=True)
     return [
-        _Asked(sample, number, user.text.replace(SLOT, "").strip(), assistant.text)
+        _Asked(sample, number, user.text.replace(SLOT, "").strip(), assistant.text, "dataset")
         for number, (user, assistant) in enumerate(rounds)
     ]
 
 
-def _model_questions(batch: list[Sample], generate: Generate, questions: int, seed: int) -> Iterator[_Asked | Dropped]:
-    asked = [(sample, number) for sample in batch for number in range(questions)]
+def _model_questions(
+    batch: list[Sample], writer: Writer, questions: int, seed: int, *, fall_back: bool
+) -> Iterator[_Asked | Dropped]:
+    wanted = [(sample, number) for sample in batch for number in range(questions)]
     pool = prompts("self_question")
     requests = [
         GenerationRequest(
@@ -222,18 +246,27 @@ def _model_questions(batch: list[Sample], generate: Generate, questions: int, se
             f"{SLOT}\n{pool[pick(seed, f'{sample.sample_id} {number}', len(pool))]}",
             pick(seed, f"{sample.sample_id} {number} question", 2**31),
         )
-        for sample, number in asked
+        for sample, number in wanted
     ]
-    for (sample, number), text in zip(asked, generate(requests), strict=True):
+    for (sample, number), text in zip(wanted, writer.ask(requests), strict=True):
         question = clean_question(text)
+        own = _dataset_questions(sample)
         if question:
-            reference = " ".join(turn.text for turn in sample.turns if turn.role == "assistant")
-            yield _Asked(sample, number, question, reference)
+            yield _Asked(sample, number, question, _reference(own, question), "model")
+        elif fall_back and number < len(own):
+            yield own[number]
         else:
             yield Dropped(sample.sample_id, "question_malformed", text[:80])
 
 
-def _answered(asked: list[_Asked], generate: Generate, judge: Judge, seed: int) -> Iterator[PreferencePair | Dropped]:
+def _reference(known: Sequence[_Asked], question: str) -> str:
+    """What a sample says to a question: its answer where it was asked the same, else all that it says."""
+    wanted = normalise_question(question)
+    same = [asked.reference for asked in known if normalise_question(asked.question) == wanted]
+    return " ".join(same or [asked.reference for asked in known])
+
+
+def _answered(asked: list[_Asked], writer: Writer, judge: Judge, seed: int) -> Iterator[PreferencePair | Dropped]:
     requests = [
         GenerationRequest(
             row.sample.image.bytes,
@@ -243,7 +276,7 @@ def _answered(asked: list[_Asked], generate: Generate, judge: Judge, seed: int) 
         for row in asked
         for turn in (1, 2)
     ]
-    answers = generate(requests)
+    answers = writer.answer(requests) if requests else []
     for row, first, second in zip(asked, answers[::2], answers[1::2], strict=True):
         yield _judged(row, first.strip(), second.strip(), judge)
 

@@ -84,14 +84,24 @@ class ResponseCache:
         Raises:
             WorkspaceError: The disk is full or read-only.
         """
-        values = (key, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens)
+        self.put_all({key: answer})
+        return self.get(key) or answer
+
+    def put_all(self, answers: Mapping[str, Completion]) -> None:
+        """Keep several answers by key, those that are not kept already; they are on disk when this returns.
+
+        Raises:
+            WorkspaceError: The disk is full or read-only.
+        """
+        rows = [(key, a.text, a.finish_reason, a.prompt_tokens, a.completion_tokens) for key, a in answers.items()]
         try:
-            with self._lock:
-                self._connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", values)
+            # One transaction, so that a batch waits for the disk once.
+            with self._lock, self._connection:
+                self._connection.execute("BEGIN")
+                self._connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise WorkspaceError(
                 f"an answer cannot be kept: {error}",
                 where=str(self._path),
                 hint="free some space, then run the same command again: finished answers are kept",
             ) from error
-        return self.get(key) or answer

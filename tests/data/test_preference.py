@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,20 @@ class ScriptedModel:
         self.texts = [questions, answers]
         self.calls: list[Sequence[GenerationRequest]] = []
 
-    def __call__(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
+    def ask(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
         self.calls.append(requests)
-        return self.texts[(len(self.calls) - 1) % 2]
+        return self.texts[0]
+
+    def answer(self, requests: Sequence[GenerationRequest]) -> Sequence[str]:
+        self.calls.append(requests)
+        return self.texts[1]
+
+
+class Echo:
+    """Writes what a function makes of each request."""
+
+    def __init__(self, write: Callable[[GenerationRequest], str]) -> None:
+        self.ask = self.answer = lambda requests: [write(request) for request in requests]
 
 
 def alignment_samples(tmp_path: Path, number: int) -> list[Sample]:
@@ -98,7 +109,7 @@ def test_the_model_asks_answers_twice_and_the_judge_ranks(tmp_path: Path) -> Non
             "", "left",  # empty
         ],
     )  # fmt: skip
-    rows = list(self_preferences(samples, model, OverlapJudge(), seed=3))
+    rows = list(self_preferences(samples, model, OverlapJudge(), ask="model", seed=3))
     pairs = [row for row in rows if isinstance(row, PreferencePair)]
     assert [(pair.question, pair.chosen, pair.rejected) for pair in pairs] == [
         ("What is seen?", "A large nodule in the left lung.", "A fracture."),
@@ -118,15 +129,13 @@ def test_the_model_asks_answers_twice_and_the_judge_ranks(tmp_path: Path) -> Non
 def test_pairs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     samples = alignment_samples(tmp_path, 20)
 
-    def generate(requests: Sequence[GenerationRequest]) -> list[str]:
-        return [
-            f"A nodule of {request.seed} mm in the left lung. Is it?" * (1 + request.seed % 2) for request in requests
-        ]
+    def write(request: GenerationRequest) -> str:
+        return f"A nodule of {request.seed} mm in the left lung. Is it?" * (1 + request.seed % 2)
 
     def built(name: str, seed: int) -> list[bytes]:
         workspace = Workspace(tmp_path / name)
         build_preference(
-            workspace, "tiny", self_preferences(samples, generate, OverlapJudge(0.0), questions=2, seed=seed)
+            workspace, "tiny", self_preferences(samples, Echo(write), OverlapJudge(0.0), questions=2, seed=seed)
         )
         return [path.read_bytes() for path in shard_paths(workspace.preference_pairs("tiny"))]
 
@@ -138,7 +147,7 @@ def test_questions_of_the_dataset_are_asked_where_the_model_cannot_ask(tmp_path:
     (sample,) = alignment_samples(tmp_path, 1)
     turns = (*sample.turns, Turn("user", "Which side?"), Turn("assistant", "left"))
     sample = dataclasses.replace(sample, turns=turns)
-    model = ScriptedModel(["A nodule.", "Chest X-ray.", "left", "A chest X-ray with a large nodule in the lung"], [])
+    model = ScriptedModel([], ["A nodule.", "Chest X-ray.", "left", "A chest X-ray with a large nodule in the lung"])
     rows = list(self_preferences([sample], model, OverlapJudge(), ask="dataset", questions=2))
     pairs = [row for row in rows if isinstance(row, PreferencePair)]
     # The reference of the second question is its own answer, not the caption.
@@ -161,43 +170,31 @@ def test_what_people_preferred_in_the_chat_is_added(tmp_path: Path) -> None:
     ]
 
 
-def test_the_verb_asks_a_checkpoint_or_reads_a_file_but_not_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alignment_samples(tmp_path, 3)
-    texts = itertools.cycle(["A nodule in the lung.", "A cat."])
-    made: list[tuple[Path, float, int]] = []
+def test_where_the_model_asks_nothing_the_dataset_does(tmp_path: Path) -> None:
+    first, second = alignment_samples(tmp_path, 2)
+    turns = (*first.turns, Turn("user", "Which side?"), Turn("assistant", "left"))
+    model = ScriptedModel(["which side", "What is it?"], ["left", "A chest X-ray", "nodule", "A cat"])
+    asked: Counter[str] = Counter()
+    rows = list(
+        self_preferences([dataclasses.replace(first, turns=turns), second], model, OverlapJudge(), asked_by=asked)
+    )
+    pairs = [row for row in rows if isinstance(row, PreferencePair)]
+    assert asked == Counter(model=1, dataset=1)
+    assert pairs[0].question == first.turns[0].text.replace("<image>", "").strip()
 
-    def answering(checkpoint: Path, temperature: float, max_tokens: int) -> Any:
-        made.append((checkpoint, temperature, max_tokens))
-        return lambda requests: [next(texts) for _ in requests]
 
-    monkeypatch.setattr("medvlm.commands.dataset._answering", answering)
-    command = ["--workspace", str(tmp_path), "dataset", "build-preference", "--recipe", "tiny"]
-    for wrong in (["--official", "a.json", "--checkpoint", "b"], ["--official", "a.json", "--endpoint"]):
-        assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
-    assert CliRunner().invoke(cli, command[:-2]).exit_code == 2
-    options = [
-        "--checkpoint",
-        "c",
-        "--about",
-        "alignment",
-        "--ask",
-        "dataset",
-        "--temperature",
-        "0.5",
-        "--limit",
-        "2",
-        "--json",
-    ]
-    report = json.loads(CliRunner().invoke(cli, [*command, *options]).stdout)
-    assert report["counts"]["pairs"] == 2
-    assert made == [(Path("c"), 0.5, 128)]
+def test_a_known_question_is_judged_by_its_own_answer(tmp_path: Path) -> None:
+    (sample,) = alignment_samples(tmp_path, 1)
+    turns = (*sample.turns, Turn("user", "Which side?"), Turn("assistant", "left"))
+    model = ScriptedModel(["which  side?"], ["left", "A large nodule in the left lung"])
+    (pair,) = self_preferences([dataclasses.replace(sample, turns=turns)], model, OverlapJudge())
+    assert isinstance(pair, PreferencePair)
+    assert pair.chosen == "left"
 
 
 def test_no_pair_at_all_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     samples = alignment_samples(tmp_path, 2)
-    rows = self_preferences(samples, lambda requests: ["same?"] * len(requests), OverlapJudge())
+    rows = self_preferences(samples, Echo(lambda request: "same?"), OverlapJudge())
     with pytest.raises(InputError, match="no preference pair came out; answers_equal: 2"):
         build_preference(Workspace(tmp_path), "tiny", rows)
 
@@ -230,7 +227,7 @@ def test_a_verdict_of_other_words_is_dropped_with_its_reason(tmp_path: Path) -> 
         ResponseCache(tmp_path / "a.sqlite") as cache,
     ):
         judge = EndpointJudge(ChatClient(Endpoint(server.url, "m"), cache))
-        (row,) = self_preferences(samples, lambda requests: texts.pop(0), judge)
+        (row,) = self_preferences(samples, ScriptedModel(*texts), judge)
     assert isinstance(row, Dropped)
     assert row.reason == "verdict_malformed"
 
