@@ -34,6 +34,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "Write a benchmark for another harness, such as lmms-eval.",
     ),
     "leaderboard": ("medvlm.commands.leaderboard:leaderboard", "Show all scores beside the published ones."),
+    "chat": ("medvlm.commands.chat:chat", "Talk to a checkpoint about an image."),
+    "serve": ("medvlm.commands.serve:serve", "Serve a checkpoint as OpenAI's chat completions."),
 }
 
 

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from medvlm.data.images import MAX_PIXELS
 from medvlm.errors import InputError
 from medvlm.records import Image
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-__all__ = ["KEPT_TAGS", "Deidentified", "deidentify", "identifying_tags", "read_dicom", "read_dicom_image"]
+__all__ = [
+    "KEPT_TAGS",
+    "Deidentified",
+    "deidentify",
+    "dicom_picture",
+    "identifying_tags",
+    "read_dicom",
+    "read_dicom_image",
+]
 
 # PS3.3 image pixel, modality LUT and VOI LUT modules, and what of the exam a model may know.
 KEPT_TAGS = frozenset(
@@ -42,6 +52,7 @@ _PARSE_ERRORS = (
     *(OSError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError, TypeError, IndexError),
     *(struct.error, RecursionError, OverflowError, MemoryError),
 )
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 METHOD = "medvlm allow-list of image tags"
 
 
@@ -119,12 +130,16 @@ def read_dicom(path: Path) -> Dataset:
     Raises:
         InputError: It is no DICOM file, or is damaged.
     """
+    return _parsed(path, str(path))
+
+
+def _parsed(source: Path | BinaryIO, where: str) -> Dataset:
     import pydicom
     from pydicom.errors import BytesLengthException, InvalidDicomError
     from pydicom.uid import AllTransferSyntaxes
 
     try:
-        dataset = pydicom.dcmread(path)
+        dataset = pydicom.dcmread(source)
         # Elements are parsed when they are first asked for: asked here, a damaged one fails here.
         list(dataset)
         syntax = dataset.file_meta.get("TransferSyntaxUID")
@@ -133,8 +148,35 @@ def read_dicom(path: Path) -> Dataset:
         return dataset
     except (InvalidDicomError, BytesLengthException, *_PARSE_ERRORS) as error:
         raise InputError(
-            f"the file is not readable DICOM: {error}", where=str(path), hint="give DICOM files with their preamble"
+            f"the file is not readable DICOM: {error}", where=where, hint="give DICOM files with their preamble"
         ) from error
+
+
+def dicom_picture(data: bytes, name: str) -> Image:
+    """The picture of a DICOM file that somebody gave, as PNG: de-identified on the way, never written down.
+
+    Args:
+        data: The whole file.
+        name: Of the file, for messages only: it may hold a patient's name.
+
+    Raises:
+        InputError: It is no DICOM file, is too large for a picture, has no pixels, or says that text is
+            burned into them.
+    """
+    # Inflated, a small file may become a very large one, before anything in it can be looked at.
+    if _DEFLATED in data:
+        raise InputError(
+            "the DICOM file is deflated", where=name, hint="convert it to an uncompressed transfer syntax first"
+        )
+    dataset = _parsed(io.BytesIO(data), name)
+    pixels = [int(dataset.get(tag, 1) or 1) for tag in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
+    if math.prod(pixels) > MAX_PIXELS:
+        raise InputError(
+            f"the DICOM file has {pixels[0]} x {pixels[1]} pixels in {pixels[2]} frames, more than {MAX_PIXELS}",
+            where=name,
+            hint="give a single slice",
+        )
+    return _picture(deidentify(dataset).dataset, "upload")
 
 
 def read_dicom_image(path: Path) -> Image:
@@ -143,10 +185,6 @@ def read_dicom_image(path: Path) -> Image:
     Raises:
         InputError: Tags that may identify somebody are left, or the pixels cannot be decoded.
     """
-    import numpy as np
-    from PIL import Image as PillowImage
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
-
     dataset = read_dicom(path)
     left = identifying_tags(dataset)
     if left or str(dataset.get("BurnedInAnnotation", "NO")).upper() == "YES":
@@ -156,12 +194,21 @@ def read_dicom_image(path: Path) -> Image:
             where=str(path),
             hint="run 'medvlm privacy deidentify' on it first",
         )
+    return _picture(dataset, path.stem)
+
+
+def _picture(dataset: Dataset, stem: str) -> Image:
+    """The picture of a dataset: of several frames the middle one."""
+    import numpy as np
+    from PIL import Image as PillowImage
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+
     try:
         pixels: Any = dataset.pixel_array
     except (RuntimeError, *_PARSE_ERRORS) as error:
         raise InputError(
             f"the pixels cannot be decoded: {error}",
-            where=str(path),
+            where=stem,
             hint="convert it to an uncompressed transfer syntax, for example with dcmdjpeg or gdcmconv --raw",
         ) from error
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
@@ -179,4 +226,4 @@ def read_dicom_image(path: Path) -> Image:
         pixels = np.asarray(pixels) >> (int(dataset.BitsStored) - 8)
     buffer = io.BytesIO()
     PillowImage.fromarray(np.asarray(pixels, dtype=np.uint8)).save(buffer, "PNG")
-    return Image(buffer.getvalue(), f"{path.stem}.png")
+    return Image(buffer.getvalue(), f"{stem}.png")

@@ -34,6 +34,10 @@ def decode_image(data: bytes) -> PillowImage.Image:
                 hint="shrink it first",
             )
         image.load()
+    except PillowImage.UnidentifiedImageError as error:
+        raise InputError(
+            "the image does not decode: its format is not known", where=where, hint="fetch it again"
+        ) from error
     except (
         OSError,
         SyntaxError,

@@ -16,7 +16,7 @@ from medvlm.models.template import IMAGE_MARK
 from medvlm.records import Image, PreferencePair, Turn
 from medvlm.training.collate import ConversationEncoder
 
-__all__ = ["ChatModel", "Sampling", "preference_pair"]
+__all__ = ["ChatModel", "Prepared", "Sampling", "preference_pair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,17 @@ class Sampling:
     """The same seed gives the same answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A question as the model reads it."""
+
+    ids: list[int]
+    budget: int
+    """Tokens that the answer may have."""
+    pixels: Any
+    """(3, H, W); None where there is no image."""
+
+
 class ChatModel:
     """A checkpoint that answers. Several threads may ask; they are answered one after the other.
 
@@ -40,11 +51,13 @@ class ChatModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._model: Any = checkpoint.model  # transformers' own types contradict each other here
+        self.model: Any = checkpoint.model  # transformers' own types contradict each other here
+        self.tokenizer: Any = checkpoint.tokenizer
+        self.name = checkpoint.recipe.name
         stage = _stage(checkpoint)
-        positions = int(self._model.config.text_config.max_position_embeddings)
-        self._encoder = ConversationEncoder(checkpoint.recipe, checkpoint.tokenizer, stage.template, positions)
-        self._positions = positions
+        self.positions = int(self.model.config.text_config.max_position_embeddings)
+        """Tokens that a conversation and its answer may have together."""
+        self._encoder = ConversationEncoder(checkpoint.recipe, checkpoint.tokenizer, stage.template, self.positions)
         self._lock = threading.Lock()
 
     @classmethod
@@ -55,15 +68,17 @@ class ChatModel:
             CheckpointError: The checkpoint is absent, incomplete, or does not fit the model.
         """
         import torch
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         checkpoint = load_checkpoint(folder)
         chat = cls(checkpoint)
-        chat._model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        chat.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return chat
 
     def stream(
         self,
-        image: bytes,
+        image: bytes | None,
         turns: Sequence[Turn],
         sampling: Sampling | None = None,
         *,
@@ -74,8 +89,8 @@ class ChatModel:
         Closing the iterator, or setting ``stop``, ends the generation at the next token.
 
         Args:
-            image: Encoded; the first question is about it.
-            turns: Question, answer, …, question. ``<image>`` marks are added where the first has none.
+            image: Encoded; the first question is about it. None for a conversation without an image.
+            turns: Question, answer, …, question.
             sampling: How tokens are chosen.
             stop: Set it to end early.
 
@@ -84,12 +99,23 @@ class ChatModel:
                 room for an answer.
         """
         chosen, ended = sampling or Sampling(), stop or threading.Event()
-        ids, budget = self._prompt(turns, chosen)
-        pixels = self._checkpoint.processor(image)
-        return self._generate(ids, pixels, budget, chosen, ended)
+        return self._generate(self.prepare(image, turns, chosen.max_new_tokens), chosen, ended)
 
-    def _prompt(self, turns: Sequence[Turn], sampling: Sampling) -> tuple[list[int], int]:
-        """Token ids and how many tokens the answer may have."""
+    def prepare(
+        self, image: bytes | None, turns: Sequence[Turn], max_new_tokens: int, *, image_turn: int = 0
+    ) -> Prepared:
+        """A conversation as the model reads it.
+
+        Args:
+            image: Encoded; None for a conversation without one.
+            turns: Question, answer, …, question. ``<image>`` marks in them are taken away.
+            max_new_tokens: Of the answer, at most; fewer where the context has no more room.
+            image_turn: Index of the question that brings the image in.
+
+        Raises:
+            InputError: The image does not decode, turns do not alternate, or the conversation leaves no
+                room for an answer.
+        """
         roles = [turn.role for turn in turns]
         if roles != (["user", "assistant"] * len(turns))[: len(turns)] or len(turns) % 2 == 0:
             raise InputError(
@@ -97,22 +123,22 @@ class ChatModel:
                 where="the conversation",
                 hint="begin and end with a question",
             )
-        # Only the first question may bring the image in; a mark typed later is taken apart.
-        first = f"{IMAGE_MARK}\n{_without_marks(turns[0].text)}"
-        clean = [Turn("user", first), *(Turn(turn.role, _without_marks(turn.text)) for turn in turns[1:])]
+        clean = [Turn(turn.role, _without_marks(turn.text)) for turn in turns]
+        if image is not None:
+            # Only here may the image come in; a mark typed by a person was taken away.
+            clean[image_turn] = Turn("user", f"{IMAGE_MARK}\n{clean[image_turn].text}")
         ids = self._encoder.prompt(clean)
-        room = self._positions - len(ids)
+        room = self.positions - len(ids)
         if room < 1:
             raise InputError(
-                f"the conversation has {len(ids)} tokens, the model reads {self._positions}",
+                f"the conversation has {len(ids)} tokens, the model reads {self.positions}",
                 where="the conversation",
                 hint="begin a new one, or shorten the question",
             )
-        return ids, min(room, sampling.max_new_tokens)
+        pixels = None if image is None else self._checkpoint.processor(image)
+        return Prepared(ids, min(room, max_new_tokens), pixels)
 
-    def _generate(
-        self, ids: list[int], pixels: Any, budget: int, sampling: Sampling, stop: threading.Event
-    ) -> Iterator[str]:
+    def _generate(self, question: Prepared, sampling: Sampling, stop: threading.Event) -> Iterator[str]:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -120,22 +146,23 @@ class ChatModel:
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
                 return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
-        model, tokenizer = self._model, self._checkpoint.tokenizer
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        arguments: dict[str, Any] = {"max_new_tokens": budget, "do_sample": sampling.temperature > 0}
+        model = self.model
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        arguments: dict[str, Any] = {"max_new_tokens": question.budget, "do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if question.pixels is not None:
+            arguments["pixel_values"] = question.pixels[None].to(model.device)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
                 with self._lock, torch.random.fork_rng(), torch.inference_mode():
                     torch.manual_seed(sampling.seed)
-                    batch = torch.tensor([ids], device=model.device)
+                    batch = torch.tensor([question.ids], device=model.device)
                     model.generate(
                         input_ids=batch,
                         attention_mask=torch.ones_like(batch),
-                        pixel_values=pixels[None].to(model.device),
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([Ended()]),
                         **arguments,

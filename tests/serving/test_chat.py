@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image as Picture
 
-from medvlm.config import load_recipe
 from medvlm.errors import CheckpointError, InputError
 from medvlm.records import PreferencePair, Turn
 from medvlm.review import save_preference, saved_preferences
@@ -23,22 +22,6 @@ def png(shade: int = 90) -> bytes:
     out = io.BytesIO()
     Picture.new("RGB", (64, 48), (shade, shade, shade)).save(out, "PNG")
     return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the twin before any training: it answers nonsense, through the real code."""
-    from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
-    from medvlm.models.tokenizer import train_tokenizer
-    from medvlm.models.vision import ImageProcessor
-
-    recipe = load_recipe("tiny-llava-med")
-    tokenizer = train_tokenizer(recipe, ["What is shown? A chest radiograph with a nodule."] * 20)
-    processor = ImageProcessor.of(recipe.model.vision_tower)
-    metadata = {"stage": "finetune", "fingerprint": "f"}
-    path = tmp_path_factory.mktemp("chat") / "checkpoint"
-    save_checkpoint(path, Checkpoint(build_model(recipe, tokenizer), tokenizer, processor, recipe, metadata))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +80,7 @@ def test_a_failure_while_generating_reaches_the_reader(model: ChatModel, monkeyp
     def broken(**arguments: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model._model, "generate", broken)
+    monkeypatch.setattr(model.model, "generate", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(model.stream(png(), QUESTION))
 
