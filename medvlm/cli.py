@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "leakage": ("medvlm.commands.leakage:leakage", "Find benchmark images and questions that are in a training set."),
     "privacy": ("medvlm.commands.privacy:privacy", "Flag burned-in text for review; de-identify DICOM files."),
     "recipe": ("medvlm.commands.recipe:recipe", "List, show and check recipes."),
+    "plan": ("medvlm.commands.plan:plan", "Reckon memory, hours and cost of a recipe on given hardware."),
     "train": ("medvlm.commands.train:train", "Train one stage of a recipe as a DeepSpeed job."),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),

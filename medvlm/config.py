@@ -117,8 +117,15 @@ def _did_you_mean(word: str, choices: Sequence[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2e-5 is a number, as in YAML 1.2, and a key cannot stand twice."""
+    """Safe YAML in which 2e-5 is a number and ``on`` is a word, as in YAML 1.2, and a key cannot stand twice."""
 
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")

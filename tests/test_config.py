@@ -114,6 +114,13 @@ def test_wrong_values_and_impossible_combinations_are_refused(override: str, wor
     assert words in refusal("tiny-llava-med", override).what
 
 
+def test_on_and_off_are_words_as_the_settings_mean_them() -> None:
+    for word in ("on", "off"):
+        recipe = load_recipe("tiny-llava-med", [f"stages.align.gradient_checkpointing={word}"])
+        assert recipe.stages[0].gradient_checkpointing == word
+    assert load_recipe("tiny-llava-med", ["model.mm_use_im_start_end=false"]).model.mm_use_im_start_end is False
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     assert "did you mean 'tiny-llava-med'" in refusal("tiny-lava-med").what
     assert "does not exist" in refusal("no/such/file.yaml").what

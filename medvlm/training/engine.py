@@ -16,7 +16,7 @@ from typing import Any
 from medvlm.errors import TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 
-__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepared_environment", "quiet_libraries"]
+__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepared_environment", "quiet_libraries", "split_batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
 
     cuda = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch, accumulation = _split_batch(recipe, stage, processes)
+    micro_batch, accumulation = split_batch(recipe, stage, processes)
     return Engine(
         device="cuda" if cuda else "cpu",
         precision=_precision(recipe, stage, cuda),
@@ -114,7 +114,12 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
     )
 
 
-def _split_batch(recipe: Recipe, stage: Stage, processes: int) -> tuple[int, int]:
+def split_batch(recipe: Recipe, stage: Stage, processes: int) -> tuple[int, int]:
+    """Sequences that a process holds at once, and micro-batches of an optimiser step.
+
+    Raises:
+        TrainingError: The global batch does not split over the processes.
+    """
     if stage.global_batch % processes:
         raise TrainingError(
             f"global_batch {stage.global_batch} does not split over {processes} processes",

@@ -1,0 +1,215 @@
+"""What a model costs: its numbers of parameters, the memory of a training step, its operations and its traffic.
+
+Letters in the formulas: T tokens of a sequence, D width, F width of the feed-forward layer, n processes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from medvlm.recipe_schema import Recipe, Stage
+from medvlm.training.hardware import Device
+
+__all__ = [
+    "LORA_RANK",
+    "Load",
+    "Setup",
+    "Shape",
+    "Tuning",
+    "load_of_step",
+    "memory_by_part",
+    "model_shape",
+    "trained_parameters",
+]
+
+Tuning = Literal["full", "lora", "qlora"]
+LORA_RANK = 128
+"""Of LLaVA's and STLLaVA-Med's scripts; alpha changes no size."""
+
+_NF4_BYTES = 0.516
+"""4 bits a weight and its share of the doubly quantised constants (QLoRA, section 3: 0.127 bits)."""
+_CONTEXT_BYTES = 1.5 * 2**30
+"""CUDA context, NCCL's and cuBLAS's buffers, and what the allocator cannot reuse. An assumption."""
+_BUCKET_ELEMENTS = 5e8
+"""DeepSpeed's reduce_bucket_size."""
+_GATHERED_ELEMENTS = 1e9
+"""DeepSpeed's stage3_max_live_parameters."""
+_EXPERT = re.compile(r"\bexperts?\.(?:[a-z_]+\.)*(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model in numbers of parameters."""
+
+    parts: dict[str, int]
+    """``vision_tower``, ``projector``, ``language_model``."""
+    idle: int
+    """Of experts that a token does not visit."""
+    embedding: int
+    """The input table: memory, but no multiplication."""
+    adaptable: int
+    """Weights of the language model that LoRA puts an adapter beside, and that 4-bit loading packs."""
+    lora: int
+    """Parameters of the adapters at rank ``LORA_RANK``."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The choices that memory and time depend on."""
+
+    device: Device
+    processes: int
+    micro_batch: int
+    zero_stage: int
+    tuning: Tuning
+    gradient_checkpointing: bool
+    offload_optimizer: bool
+
+
+def model_shape(recipe: Recipe) -> Shape:
+    """The numbers of a recipe's model, counted on the ``meta`` device."""
+    from torch import nn
+
+    from medvlm.models.meta import meta_model
+    from medvlm.training.params import part_of
+
+    model: Any = meta_model(recipe)
+    parts: dict[str, int] = {}
+    idle = 0
+    for name, parameter in model.named_parameters():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
+        expert = _EXPERT.search(name)
+        # Top-1 routing: all experts are of one size, and a token visits one.
+        idle += parameter.numel() if expert and int(expert[1]) > 0 else 0
+    linear = [m for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
+    return Shape(
+        parts=parts,
+        idle=idle,
+        embedding=model.get_input_embeddings().weight.numel(),
+        adaptable=sum(m.weight.numel() for m in linear),
+        lora=sum(LORA_RANK * (m.in_features + m.out_features) for m in linear),
+    )
+
+
+def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
+    """How many parameters learn."""
+    sizes = dict(shape.parts)
+    if tuning != "full":
+        sizes["language_model"] = shape.lora
+    return sum(sizes[part] for part in stage.trains)
+
+
+def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> dict[str, float]:
+    """Bytes that one device holds at the fullest moment of a step, with sequences of ``max_length``.
+
+    - weights: 2 bytes each in mixed precision, 4 in fp32; frozen ones too. ZeRO-3 splits them.
+    - gradients: as many bytes for each that learns. ZeRO-2 splits them.
+    - optimiser states: master copy and two moments, 12 bytes for each that learns (fp32: two moments, 8).
+      ZeRO-1 splits them; offloaded they are in the host's memory.
+    - activations: see ``_activations``; ``logits`` are those of all positions with their gradients, and fp32 copies
+      of the positions that carry text.
+    - overhead: a constant for the framework, and DeepSpeed's buckets.
+    """
+    wide = 4 if setup.device.precision == "fp32" else 2
+    share = 1 / setup.processes
+    learned = trained_parameters(shape, stage, setup.tuning)
+    weights = shape.total * wide
+    if setup.tuning == "qlora":
+        weights -= shape.adaptable * (wide - _NF4_BYTES)
+    if setup.tuning != "full":
+        weights += shape.lora * wide
+    gathered = min(shape.total, _GATHERED_ELEMENTS) * wide
+    buckets = min(learned, _BUCKET_ELEMENTS) * wide
+    text = stage.max_length - recipe.model.image_tokens
+    vocabulary = recipe.model.tokenizer.vocab_size
+    states = learned * (8 if wide == 4 else 12) * (share if setup.zero_stage >= 1 else 1)
+    overhead = _CONTEXT_BYTES if setup.device.is_gpu else 0.3 * 2**30
+    if setup.processes > 1:
+        overhead += (gathered if setup.zero_stage == 3 else 0) + (buckets if setup.zero_stage >= 1 else 0)
+    return {
+        "weights": weights * (share if setup.zero_stage == 3 else 1),
+        "gradients": learned * wide * (share if setup.zero_stage >= 2 else 1),
+        "optimizer_states": 0.0 if setup.offload_optimizer and setup.device.is_gpu else states,
+        "activations": _activations(recipe, stage, setup, wide),
+        "logits": setup.micro_batch * vocabulary * (stage.max_length * 2 * wide + text * (wide + 8)),
+        "overhead": overhead,
+    }
+
+
+def _activations(recipe: Recipe, stage: Stage, setup: Setup, wide: int) -> float:
+    """Bytes kept between forward and backward.
+
+    A decoder layer keeps, for each token, its two inputs to the norms, their outputs, queries, keys, values,
+    attention's output (6 D and the keys' and values' width), the feed-forward layer's four (4 F), and what
+    transformers' norms hold in fp32 (16 D bytes). With checkpointing, its input alone, and one layer in full. The
+    fused attention kernels keep no T x T matrix.
+    """
+    model = recipe.model
+    decoder, tower = model.language_model, model.vision_tower
+    tokens = setup.micro_batch * stage.max_length
+    keys = 2 * decoder.hidden_size * decoder.kv_heads / decoder.heads
+    norms = 16 * decoder.hidden_size if wide == 2 else 0
+    layer = tokens * (wide * (6 * decoder.hidden_size + keys + 4 * decoder.mlp_size) + norms)
+    kept = layer * decoder.layers
+    if setup.gradient_checkpointing:
+        kept = layer + tokens * wide * decoder.hidden_size * decoder.layers
+    patches = setup.micro_batch * (tower.patches + 1)
+    tower_layer = patches * wide * (8 * tower.hidden_size + 3 * tower.mlp_size)
+    # A frozen tower runs without gradients: one layer at a time.
+    kept += tower_layer * (tower.layers if "vision_tower" in stage.trains and not setup.gradient_checkpointing else 1)
+    return kept + patches * wide * (tower.hidden_size + 2 * decoder.hidden_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one device does."""
+
+    operations: float
+    """Floating-point operations of a micro-batch, recomputation included."""
+    sent: float
+    """Bytes to and from the other devices in a micro-batch."""
+    sent_a_step: float
+    """Bytes in an optimiser step, beside those of its micro-batches."""
+    host: float
+    """Bytes to and from the host's memory in an optimiser step."""
+
+
+def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, tokens: float) -> Load:
+    """Operations and traffic of a micro-batch of sequences of ``tokens`` tokens with one image each.
+
+    Forward, a weight costs 2 operations a token; its input's gradient costs 2 more and its own gradient again 2.
+    A frozen language model behind a projector that learns pays the first two: the gradient has to pass through
+    every layer to reach the projector. Recomputing activations costs the forward pass again. A frozen tower is
+    forward only. Attention adds 2 T^2 D a layer for the lower triangle.
+    """
+    model = recipe.model
+    decoder, tower = model.language_model, model.vision_tower
+    matrices = shape.parts["language_model"] - shape.embedding - shape.idle
+    forward = 2 * matrices * tokens + 2 * tokens**2 * decoder.hidden_size * decoder.layers
+    passes = 2.0 + setup.gradient_checkpointing
+    if "language_model" in stage.trains:
+        passes += 1 if setup.tuning == "full" else shape.lora / max(1, matrices)
+    patches = tower.patches + 1
+    seeing = 2 * shape.parts["vision_tower"] * patches + 4 * patches**2 * tower.hidden_size * tower.layers
+    seeing *= 3 + setup.gradient_checkpointing if "vision_tower" in stage.trains else 1
+    projecting = 6 * shape.parts["projector"] * tower.patches
+    wide = 4 if setup.device.precision == "fp32" else 2
+    split = (setup.processes - 1) / setup.processes
+    gradients = trained_parameters(shape, stage, setup.tuning) * wide
+    learned, weights = gradients * split, shape.total * wide * split
+    zero = setup.zero_stage
+    return Load(
+        operations=setup.micro_batch * (forward * passes + seeing + projecting),
+        # ZeRO-3 gathers every weight for the forward and again for the backward pass.
+        sent=(2 * weights if zero == 3 else 0) + (learned if zero >= 2 else 0),
+        # Averaging gradients is a reduce-scatter and a gather; from ZeRO-1 on the gather is of the new weights.
+        sent_a_step={0: 2 * learned, 1: 2 * learned, 2: learned, 3: 0.0}[zero],
+        host=2 * gradients / setup.processes if setup.offload_optimizer else 0.0,
+    )
