@@ -201,6 +201,10 @@ class Prediction:
     """True where the image was replaced by the mean image."""
     prompt: str
     text: str
+    options: tuple[str, ...] = ()
+    """The closed set that the answer is from, such as yes and no; empty where there is none, or was not asked for."""
+    option_logprobs: tuple[float, ...] = ()
+    """How likely each option is as the whole answer: a natural logarithm, to two decimals."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,41 +1,37 @@
-"""A checkpoint's answers to a benchmark: batched, greedy, each image encoded once, resumable.
-
-Shape letters: B batch, L sequence, D model width, P placeholders (patches) of an image.
-"""
+"""The pipeline's predict step: a benchmark's test split answered with and without the image, resumable."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
+import re
+import shutil
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any
 
-from medvlm.data.watched import watched
-from medvlm.errors import InputError, WorkspaceError
-from medvlm.models.template import IMAGE_MARK
+from medvlm.config import recipe_names
+from medvlm.data.endpoint import ChatClient
+from medvlm.errors import CheckpointError, InputError
+from medvlm.evaluation.answerer import BATCH
+from medvlm.evaluation.answers import Missing
+from medvlm.evaluation.backends import Refused, ReplayBackend, ServerBackend, answer_all, mean_picture
+from medvlm.evaluation.journal import AnswerJournal, merged_answers
+from medvlm.evaluation.prompts import PromptStyle, prompt_style
+from medvlm.evaluation.shards import KINDS, Shard, answer_shard, items_to_answer, launch_shards
 from medvlm.recipe_schema import Recipe
 from medvlm.records import Prediction, VQAItem
-from medvlm.store import Report, Workspace, atomic_path, fingerprint, iterate_records, write_records, write_report
+from medvlm.store import (
+    Report,
+    Workspace,
+    fingerprint,
+    read_json,
+    shard_paths,
+    write_records,
+    write_report,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from medvlm.models.checkpoint import Checkpoint
-
-__all__ = ["Answerer", "mean_image", "predict_benchmark"]
-
-BATCH = 64
-IMAGES_A_BATCH = 32
-"""Images encoded at once."""
-IMAGES_AT_ONCE = 256
-"""Images whose features are kept: 1 GB for a 7B model in float32 at 256 patches."""
-
-T = TypeVar("T")
+__all__ = ["predict_benchmark", "predict_with_server", "replay_answers"]
 
 
 def predict_benchmark(
@@ -43,53 +39,230 @@ def predict_benchmark(
     recipe: Recipe,
     benchmark: str,
     *,
-    stage_number: int = 3,
+    stages: Sequence[int] = (3,),
     limit: int | None = None,
     batch_size: int = BATCH,
+    prompt: str | None = None,
+    options: bool | None = None,
+    likelihoods: bool = True,
+    processes: int = 1,
 ) -> Report:
-    """Answer a benchmark's test split with and without the image, and write the answers.
+    """Answer a benchmark's test split by a recipe's checkpoints, with and without the image.
 
     Args:
-        workspace: Gives checkpoint and items; gets ``answers/`` and ``report.json``.
-        recipe: Whose checkpoint answers.
+        workspace: Gives checkpoints and items; gets ``answers/`` and ``report.json``.
+        recipe: Whose checkpoints answer.
         benchmark: Such as ``vqa-rad``.
-        stage_number: Whose checkpoint answers: 1, 2 or 3.
+        stages: Whose checkpoints answer: some of 1, 2 and 3. ``answers/`` holds these stages and no others.
         limit: Only the first so many items.
         batch_size: Questions answered at once.
+        prompt: Order of question and image; None takes the benchmark's. See ``prompt_style``.
+        options: With or without the options hint; None takes the benchmark's.
+        likelihoods: Whether the likelihood of each option of a closed set is recorded too.
+        processes: Each answers its share of the images, on its own GPU where there are some.
 
     Returns:
         Counts of items, images and answers, and how many were kept from a run that was stopped.
 
     Raises:
-        CheckpointError: The stage has no finished checkpoint.
+        CheckpointError: A stage has no finished checkpoint.
         WorkspaceError: The benchmark was not built, has no test items, or the disk is full.
         InputError: An image does not decode; the item is named.
+        TrainingError: A process died. Finished answers are kept.
+        PredictionMismatch: The processes ended well, but not every item has its answer.
     """
-    from medvlm.models.checkpoint import load_checkpoint
-
     started = time.monotonic()
-    folder = _checkpoint(workspace, recipe, benchmark, stage_number)
-    checkpoint = load_checkpoint(folder)
-    items, mean = _items_and_mean(workspace, checkpoint, benchmark, limit)
-    inputs = fingerprint(checkpoint.metadata["fingerprint"], [(i.item_id, i.question, i.image_sha256) for i in items])
-    scratch = workspace.scratch("predict", recipe.name, f"{benchmark}-stage{stage_number}.jsonl")
-    answerer = Answerer(checkpoint, recipe.stages[stage_number - 1].name, batch_size=batch_size)
-    with _Journal.of(scratch, inputs) as journal:
+    style = prompt_style(benchmark, order=prompt, options=options)
+    items, _ = items_to_answer(workspace.items(benchmark), benchmark, limit)
+    answers: list[Prediction] = []
+    kept = 0
+    checkpoints: dict[str, str] = {}
+    scratch: list[Path] = []
+    for number in sorted(set(stages)):
+        stage = recipe.stages[number - 1].name
+        folder = _checkpoint(workspace, recipe, benchmark, number)
+        checkpoints[stage] = _finished(folder)
+        shard = Shard(
+            checkpoint=str(folder),
+            model=recipe.name,
+            stage=stage,
+            items=str(workspace.items(benchmark)),
+            journal=str(workspace.scratch("predict", recipe.name, f"{benchmark}-stage{number}")),
+            # The style's texts too: an answer to another prompt is another answer.
+            inputs=_inputs(items, checkpoints[stage], style, likelihoods),
+            benchmark=benchmark,
+            order=style.order,
+            options=style.options,
+            likelihoods=likelihoods,
+            limit=limit,
+            batch_size=batch_size,
+        )
+        with AnswerJournal.of(Path(shard.journal), shard.inputs) as journal:
+            kept += len(journal.answers)
+        if processes == 1:
+            answer_shard(shard)
+        else:
+            launch_shards(shard, processes)
+        answers += merged_answers(Path(shard.journal), shard.inputs, items, KINDS)
+        scratch.append(Path(shard.journal))
+    return _write(
+        workspace,
+        recipe.name,
+        benchmark,
+        items,
+        answers,
+        kept=kept,
+        started=started,
+        scratch=scratch,
+        seed=recipe.seed,
+        details={
+            "backend": "transformers",
+            "checkpoint": checkpoints[recipe.stages[max(stages) - 1].name],
+            "checkpoints": checkpoints,
+            **_described(style),
+            "batch_size": batch_size,
+            "processes": processes,
+        },
+    )
+
+
+def predict_with_server(
+    workspace: Workspace,
+    name: str,
+    benchmark: str,
+    client: ChatClient,
+    *,
+    limit: int | None = None,
+    prompt: str | None = None,
+    options: bool | None = None,
+    blind: bool = True,
+    max_tokens: int = 64,
+    refused: Refused = "error",
+) -> Report:
+    """Have a server that speaks the chat API answer a benchmark's test split.
+
+    Args:
+        workspace: Gives items; gets ``answers/`` and ``report.json`` under ``name``.
+        name: Of the model, in place of a recipe's.
+        benchmark: Such as ``vqa-rad``.
+        client: Asks the server, concurrently and with retries, at temperature 0.
+        limit: Only the first so many items.
+        prompt: As of ``predict_benchmark``.
+        options: As of ``predict_benchmark``.
+        blind: Whether to ask again with the mean image, which doubles the requests.
+        max_tokens: Of an answer.
+        refused: Whether an item that the server refuses stops the run, or counts as an empty answer.
+
+    Returns:
+        As of ``predict_benchmark``; details list the items that were refused.
+
+    Raises:
+        InputError: The name is a recipe's, or no name for a folder.
+        WorkspaceError: The benchmark was not built, has no test items, or the disk is full.
+        EndpointError: The server cannot be reached, refuses everything, or refuses an item.
+    """
+    started = time.monotonic()
+    _foreign_name(name)
+    style = prompt_style(benchmark, order=prompt, options=options)
+    items, shown_blind = items_to_answer(workspace.items(benchmark), benchmark, limit)
+    kinds = KINDS if blind else (False,)
+    mean = mean_picture(shown_blind.values()) if blind else b""
+    backend = ServerBackend(client, name, style=style, max_tokens=max_tokens, mean=mean, refused=refused)
+    inputs = _inputs(items, f"{client.endpoint.model} {max_tokens} {refused}", style, likelihoods=False)
+    return _answered(
+        workspace,
+        name,
+        benchmark,
+        backend,
+        items,
+        kinds,
+        inputs=inputs,
+        started=started,
+        details={"backend": "server", "served_model": client.endpoint.model, **_described(style)},
+    )
+
+
+def replay_answers(
+    workspace: Workspace, name: str, benchmark: str, path: Path, *, missing: Missing = "error"
+) -> Report:
+    """Take stored answers as a model's, so that they are scored, compared and shown like any other.
+
+    Args:
+        workspace: Gives items; gets ``answers/`` and ``report.json`` under ``name``.
+        name: Of the model, in place of a recipe's.
+        benchmark: Such as ``vqa-rad``.
+        path: Published answers, as ``read_predictions`` reads them.
+        missing: ``wrong`` takes an item without an answer as one with an empty answer.
+
+    Raises:
+        InputError: The name is a recipe's, or the file is not in its format.
+        WorkspaceError: The benchmark was not built or has no test items.
+        PredictionMismatch: The answers do not join the items one to one.
+    """
+    started = time.monotonic()
+    _foreign_name(name)
+    items, _ = items_to_answer(workspace.items(benchmark), benchmark, None)
+    backend = ReplayBackend(path, name, benchmark=benchmark, items=items, missing=missing)
+    return _answered(
+        workspace,
+        name,
+        benchmark,
+        backend,
+        items,
+        backend.kinds,
+        inputs=fingerprint(*(shard_paths(path) if path.is_dir() else [path]), missing),
+        started=started,
+        details={"backend": "replay", "source": path.name, "prompt": "as stored"},
+    )
+
+
+def _answered(
+    workspace: Workspace,
+    name: str,
+    benchmark: str,
+    backend: ServerBackend | ReplayBackend,
+    items: Sequence[VQAItem],
+    kinds: Sequence[bool],
+    *,
+    inputs: str,
+    started: float,
+    details: dict[str, Any],
+) -> Report:
+    """Let a backend of this process answer everything, and write it."""
+    scratch = workspace.scratch("predict", name, f"{benchmark}-{backend.STAGE}")
+    with AnswerJournal.of(scratch, inputs) as journal:
         kept = len(journal.answers)
-        todo = [(item, blind) for blind in (False, True) for item in items]
-        todo = [(item, blind) for item, blind in todo if (item.item_id, blind) not in journal.answers]
-        for blind in (False, True):
-            batches = list(answerer.batches([item for item, is_blind in todo if is_blind == blind]))
-            for batch in watched(batches, len(batches), f"{benchmark}{', blind' if blind else ''}"):
-                journal.append(answerer.answer(batch, image=mean if blind else None))
-        # In the order of the items whatever the batches were, so that equal answers are equal bytes.
-        answers = [journal.answers[item.item_id, blind] for blind in (False, True) for item in items]
-        step = workspace.predictions(recipe.name, benchmark)
-        write_records(step / "answers", Prediction, answers)
-    scratch.unlink()
+        answer_all(backend, items, journal, kinds=kinds, what=benchmark)
+    answers = merged_answers(scratch, inputs, items, kinds)
+    refusals = backend.refusals if isinstance(backend, ServerBackend) else {}
+    if refusals:
+        details = {**details, "refused": refusals}
+    return _write(
+        workspace, name, benchmark, items, answers, kept=kept, started=started, scratch=[scratch], details=details
+    )
+
+
+def _write(
+    workspace: Workspace,
+    name: str,
+    benchmark: str,
+    items: Sequence[VQAItem],
+    answers: Sequence[Prediction],
+    *,
+    kept: int,
+    started: float,
+    scratch: Sequence[Path],
+    details: dict[str, Any],
+    seed: int | None = None,
+) -> Report:
+    step = workspace.predictions(name, benchmark)
+    # In the order of the items whatever the batches were, so that equal answers are equal bytes.
+    write_records(step / "answers", Prediction, answers)
+    for folder in scratch:
+        shutil.rmtree(folder)
     seconds = time.monotonic() - started
     report = Report(
-        step=f"predict {recipe.name} {benchmark}",
+        step=f"predict {name} {benchmark}",
         counts={
             "items": len(items),
             "images": len({item.image_sha256 for item in items}),
@@ -97,224 +270,42 @@ def predict_benchmark(
             "resumed": kept,
         },
         metrics={"answers_per_s": round((len(answers) - kept) / seconds, 3)},
-        details={"checkpoint": checkpoint.metadata["fingerprint"], "prompt": "the question, then the image"},
-        seed=recipe.seed,
+        details=details,
+        seed=seed,
         fingerprint=fingerprint([dataclasses.asdict(answer) for answer in answers]),
     )
     return write_report(step, report, started=started, packages=("torch", "transformers"))
 
 
 def _checkpoint(workspace: Workspace, recipe: Recipe, benchmark: str, stage_number: int) -> Path:
+    """The stage's checkpoint for a benchmark; of one that the stage did not learn, its first target's."""
     targets = recipe.targets(stage_number)
     return workspace.checkpoint(recipe.name, stage_number, benchmark if benchmark in targets else targets[0])
 
 
-def _items_and_mean(
-    workspace: Workspace, checkpoint: Checkpoint, benchmark: str, limit: int | None
-) -> tuple[list[VQAItem], Tensor]:
-    """The test items, and the mean image of the train split (of the test split where there is no other)."""
-    records = iterate_records(workspace.items(benchmark), VQAItem)
-    test: list[VQAItem] = []
-    train_images: dict[str, bytes] = {}
-    for item in records:
-        if item.split == "test":
-            test.append(item)
-        elif item.split == "train":
-            train_images.setdefault(item.image_sha256, item.image.bytes)
-    if not test:
-        raise WorkspaceError(
-            f"the benchmark {benchmark} has no test items",
-            where=str(workspace.items(benchmark)),
-            hint=f"build it again: medvlm dataset build-benchmark {benchmark} --source DIR",
+def _finished(folder: Path) -> str:
+    """Fingerprint of a finished checkpoint, without loading it."""
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(
+            "there is no finished checkpoint", where=str(folder), hint="train the stage that makes it first"
         )
-    images = train_images or {item.image_sha256: item.image.bytes for item in test}
-    return test[:limit], mean_image(checkpoint, images.values())
+    return str(read_json(folder / "metadata.json")["fingerprint"])
 
 
-def mean_image(checkpoint: Checkpoint, images: Iterable[bytes]) -> Tensor:
-    """Mean of the pixels that the tower would see, (3, H, W): what a blind model is shown.
-
-    Args:
-        checkpoint: Its processor makes the pixels.
-        images: Encoded images, at least one.
-    """
-    total: Any = 0
-    count = 0
-    for image in images:
-        total = total + checkpoint.processor(image).double()
-        count += 1
-    return (total / count).float()
+def _inputs(items: Sequence[VQAItem], answering: str, style: PromptStyle, likelihoods: bool) -> str:
+    asked = [(item.item_id, style.prompt(item), item.image_sha256) for item in items]
+    return fingerprint(answering, asked, likelihoods)
 
 
-class Answerer:
-    """Greedy answers of one checkpoint; image features are kept for as long as their questions last.
+def _described(style: PromptStyle) -> dict[str, Any]:
+    return {"prompt": style.name, "prompt_text": style.text, "options_hint": style.options}
 
-    Args:
-        checkpoint: In evaluation mode from here on, on the GPU where there is one.
-        stage: Its stage's name, for the records.
-        batch_size: Questions answered at once.
-    """
 
-    def __init__(self, checkpoint: Checkpoint, stage: str, *, batch_size: int = BATCH) -> None:
-        import torch
-
-        from medvlm.training.collate import ConversationEncoder
-
-        self._checkpoint = checkpoint
-        self._stage = stage
-        self._batch_size = batch_size
-        model: Any = checkpoint.model  # transformers' own types contradict each other here
-        self._model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        _, spec = checkpoint.recipe.stage(stage)
-        positions = checkpoint.recipe.model.language_model.max_positions
-        self._encoder = ConversationEncoder(checkpoint.recipe, checkpoint.tokenizer, spec.template, positions)
-        self._features: dict[str, Tensor] = {}
-
-    def batches(self, items: Sequence[VQAItem]) -> list[list[VQAItem]]:
-        """Batches of prompts of like length; each item once, each image within one run of batches.
-
-        Images are taken a few hundred at a time with all their questions, so that each is encoded
-        once and its features need not be kept until the end.
-        """
-        by_image: dict[str, list[VQAItem]] = {}
-        for item in items:
-            by_image.setdefault(item.image_sha256, []).append(item)
-        batches: list[list[VQAItem]] = []
-        for images in _chunks(list(by_image.values()), IMAGES_AT_ONCE):
-            questions = [item for group in images for item in group]
-            questions.sort(key=lambda item: (len(self._prompt_ids(item)), item.item_id))
-            batches += _chunks(questions, self._batch_size)
-        return batches
-
-    def answer(self, items: Sequence[VQAItem], *, image: Tensor | None = None) -> list[Prediction]:
-        """One greedy answer an item, in their order.
-
-        Args:
-            items: A batch.
-            image: Pixels (3, H, W) in place of every item's own: the blind baseline.
-
-        Raises:
-            InputError: An image does not decode; the item is named.
-        """
-        import torch
-
-        with torch.inference_mode():
-            texts = self._generate([self._prompt_ids(item) for item in items], self._image_features(items, image))
-        return [
-            Prediction(
-                item_id=item.item_id,
-                benchmark=item.benchmark,
-                model=self._checkpoint.recipe.name,
-                stage=self._stage,
-                blind=image is not None,
-                prompt=_prompt(item),
-                text=text,
-            )
-            for item, text in zip(items, texts, strict=True)
-        ]
-
-    def _prompt_ids(self, item: VQAItem) -> list[int]:
-        return self._encoder.prompt(_prompt(item))
-
-    def _image_features(self, items: Sequence[VQAItem], image: Tensor | None) -> Tensor:
-        """Projected features (B, P, D), one encoding an image however many questions it has."""
-        import torch
-
-        if image is not None:
-            return self._encoded([image]).expand(len(items), -1, -1)
-        new = {item.image_sha256: item for item in items if item.image_sha256 not in self._features}
-        for group in _chunks(list(new.values()), IMAGES_A_BATCH):
-            features_NPD = self._encoded([self._pixels(item) for item in group])
-            self._features |= {item.image_sha256: one_PD for item, one_PD in zip(group, features_NPD, strict=True)}
-        for old in list(self._features)[: max(0, len(self._features) - IMAGES_AT_ONCE)]:
-            del self._features[old]
-        return torch.stack([self._features[item.image_sha256] for item in items])
-
-    def _pixels(self, item: VQAItem) -> Tensor:
-        try:
-            return self._checkpoint.processor(item.image.bytes)
-        except InputError as error:
-            where = f"item {item.item_id} of {item.benchmark}, image {item.image_id}"
-            raise InputError(error.what, where=where, hint=error.hint) from error
-
-    def _encoded(self, pixels: Sequence[Tensor]) -> Tensor:
-        import torch
-
-        pixels_NCHW = torch.stack(list(pixels)).to(self._model.device, self._model.dtype)
-        features: Any = self._model.get_image_features(pixel_values=pixels_NCHW)
-        features = getattr(features, "pooler_output", features)
-        return torch.stack(list(features)) if isinstance(features, list | tuple) else features
-
-    def _generate(self, prompts: list[list[int]], features_BPD: Tensor) -> list[str]:
-        """Greedy answers to prompts, padded on the left so that all answers begin at one place."""
-        import torch
-
-        from medvlm.models.vlm import merge_image_features
-
-        model, tokenizer = self._model, self._checkpoint.tokenizer
-        length = max(map(len, prompts))
-        pad: Any = tokenizer.pad_token_id
-        ids_BL = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=model.device)
-        mask_BL = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-        text_BLD = model.get_input_embeddings()(ids_BL)
-        embeddings_BLD = merge_image_features(
-            text_BLD, features_BPD, ids_BL, image_token_id=model.config.image_token_id
+def _foreign_name(name: str) -> None:
+    if name in recipe_names() or not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
+        problem = "is a recipe's name" if name in recipe_names() else "is no name for a folder"
+        raise InputError(
+            f"{name!r} {problem}",
+            where="--name",
+            hint="choose another one in small letters, digits and hyphens, such as llava-med-7b-served",
         )
-        answers = model.generate(
-            inputs_embeds=embeddings_BLD,
-            attention_mask=mask_BL,
-            max_new_tokens=self._checkpoint.recipe.decoding.max_new_tokens,
-            do_sample=False,
-        )
-        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-def _prompt(item: VQAItem) -> str:
-    """The user turn, as stage 3 learned it: the question, then the image."""
-    return f"{item.question}\n{IMAGE_MARK}"
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(values), size):
-        yield list(values[start : start + size])
-
-
-class _Journal:
-    """Answers so far, appended batch by batch, so that a killed run loses at most one batch."""
-
-    def __init__(self, stream: TextIO, answers: Iterable[Prediction]) -> None:
-        self._stream = stream
-        self.answers = {(answer.item_id, answer.blind): answer for answer in answers}
-
-    @classmethod
-    @contextmanager
-    def of(cls, path: Path, inputs: str) -> Generator[_Journal]:
-        """The journal of a run; one that a run with other inputs left is begun anew.
-
-        Args:
-            path: A JSONL file; its first line says for which checkpoint and items it is.
-            inputs: Their fingerprint.
-        """
-        head = json.dumps({"inputs": inputs})
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        answers: list[Prediction] = []
-        if lines and lines[0] == head:
-            for line in lines[1:]:
-                # A run killed while writing leaves half a last line; its answer is made again.
-                with contextlib.suppress(json.JSONDecodeError, TypeError):
-                    answers.append(Prediction(**json.loads(line)))
-        with atomic_path(path) as temporary:
-            temporary.write_text("\n".join([head, *map(_line, answers)]) + "\n", "utf-8")
-        with path.open("a", encoding="utf-8") as stream:
-            yield cls(stream, answers)
-
-    def append(self, answers: Sequence[Prediction]) -> None:
-        """Remember a batch, on disk first."""
-        self._stream.write("".join(_line(answer) + "\n" for answer in answers))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self.answers |= {(answer.item_id, answer.blind): answer for answer in answers}
-
-
-def _line(answer: Prediction) -> str:
-    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)

@@ -15,7 +15,7 @@ from medvlm.errors import TrainingError
 from medvlm.store import Report, Workspace, read_report
 from medvlm.training.run import run_stage
 
-__all__ = ["launch_stage"]
+__all__ = ["gpu_count", "launch_stage", "wait_for"]
 
 _PASSED_ON = ("MEDVLM_", "DAGSTER_PIPES_", "PYTHON")
 
@@ -48,7 +48,7 @@ def launch_stage(
     """
     loaded = load_recipe(recipe, overrides)
     number, _ = loaded.stage(stage)
-    count = _gpus() or 1 if processes is None else processes
+    count = gpu_count() or 1 if processes is None else processes
     if count == 1:
         return run_stage(workspace, loaded, number, fresh=fresh)
     options = [f"--set={text}" for text in overrides] + (["--fresh"] if fresh else [])
@@ -59,7 +59,8 @@ def launch_stage(
     return report
 
 
-def _gpus() -> int:
+def gpu_count() -> int:
+    """GPUs of this machine."""
     # Importing torch takes seconds that a machine without the driver need not spend.
     if not Path("/proc/driver/nvidia").exists():
         return 0
@@ -77,7 +78,7 @@ def _run_launcher(count: int, arguments: Sequence[str]) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise TrainingError("deepspeed is not installed", where="environment", hint="install medvlm's dependencies")
     environment = dict(os.environ)
-    if not _gpus():
+    if not gpu_count():
         environment["DS_ACCELERATOR"] = "cpu"
     # More than one host: the launcher exports only what this file names.
     exported = {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
@@ -93,7 +94,7 @@ def _run_launcher(count: int, arguments: Sequence[str]) -> None:
     ]
     try:
         with subprocess.Popen(command, env=environment, stdout=sys.stderr) as job:
-            code = _wait(job)
+            code = wait_for(job)
     finally:
         Path(environment["DS_ENV_FILE"]).unlink(missing_ok=True)
     if code:
@@ -114,7 +115,9 @@ def _environment_file(variables: dict[str, str]) -> Path:
     return Path(name)
 
 
-def _wait(job: subprocess.Popen[bytes]) -> int:
+def wait_for(job: subprocess.Popen[bytes]) -> int:
+    """The exit code of a job, once it ends; SIGTERM and SIGINT go to the job."""
+
     def pass_on(number: int, frame: object) -> None:
         job.send_signal(number)
 

@@ -13,7 +13,8 @@ from PIL import Image as PillowImage
 
 from medvlm.config import load_recipe
 from medvlm.errors import CheckpointError, InputError
-from medvlm.evaluation.predict import Answerer, mean_image, predict_benchmark
+from medvlm.evaluation.answerer import Answerer, mean_image
+from medvlm.evaluation.predict import predict_benchmark
 from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
 from medvlm.models.tokenizer import train_tokenizer
 from medvlm.models.vision import ImageProcessor
@@ -95,9 +96,9 @@ def test_each_image_is_encoded_once(checkpoint: Checkpoint, monkeypatch: pytest.
 
 def test_blind_answers_do_not_depend_on_the_image(checkpoint: Checkpoint) -> None:
     mean = mean_image(checkpoint, [item(0).image.bytes, item(3).image.bytes])
-    subject = Answerer(checkpoint, "finetune")
+    subject = Answerer(checkpoint, "finetune", mean=mean)
     same_question = [item(i) for i in (0, 3, 6)]
-    blind = subject.answer(same_question, image=mean)
+    blind = subject.answer(same_question, blind=True)
     assert len({answer.text for answer in blind}) == 1 and all(answer.blind for answer in blind)
     assert len({answer.text for answer in subject.answer(same_question)}) > 1
 
@@ -134,7 +135,7 @@ def test_a_stopped_run_goes_on(workspace: Workspace, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_checkpoint_and_a_broken_image_are_named(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
-        predict_benchmark(workspace, RECIPE, "vqa-rad", stage_number=2)
+        predict_benchmark(workspace, RECIPE, "vqa-rad", stages=[2])
     write_records(workspace.items("vqa-rad"), VQAItem, [item(0, "train"), item(7, data=b"nonsense")])
     with pytest.raises(InputError) as caught:
         predict_benchmark(workspace, RECIPE, "vqa-rad")
