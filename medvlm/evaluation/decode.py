@@ -28,7 +28,7 @@ class Decoded:
     """Log-probability of each option as the whole answer, its end mark included, in nats."""
 
 
-def common_prefix(prompts: Sequence[Sequence[int]], image_id: int) -> int:
+def common_prefix(prompts: Sequence[list[int]], image_id: int) -> int:
     """How many first tokens are read once for all prompts.
 
     Where all prompts begin alike up to their image, the image is the end: so one image has one
