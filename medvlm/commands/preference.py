@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from medvlm.commands.building import BUDGET_OPTION, JSON_OPTION, KEEP_OPTION, ChatAccess, print_report
 from medvlm.store import Report, Workspace
-
-if TYPE_CHECKING:
-    from medvlm.data.preference import GenerationRequest
-    from medvlm.evaluation.self_preference import Asking
-    from medvlm.models.checkpoint import Checkpoint
 
 __all__ = ["build_preference"]
 
@@ -33,8 +27,8 @@ __all__ = ["build_preference"]
     help="Whose questions; with both, the dataset's where the model's text is no question.",
 )
 @click.option("--questions", type=click.IntRange(1, 20), default=1, show_default=True, help="For each image.")
-@click.option("--temperature", type=click.FloatRange(0.01, 5), default=0.8, show_default=True, help="Of the sampling.")
-@click.option("--top-p", type=click.FloatRange(0.01, 1), default=1.0, show_default=True, help="Of the sampling.")
+@click.option("--temperature", type=click.FloatRange(0.01, 5), default=1.2, show_default=True, help="Of the sampling.")
+@click.option("--top-p", type=click.FloatRange(0.01, 1), default=0.95, show_default=True, help="Of the sampling.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of an answer.")
 @click.option("--limit", type=click.IntRange(1), help="As many images, drawn with the seed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides images, requests and sampling.")
@@ -61,7 +55,7 @@ def build_preference(
 
     \b
     medvlm dataset build-preference --recipe tiny-llava-med --limit 200
-    medvlm dataset build-preference --recipe llava-med --temperature 1.2 --top-p 0.95 --endpoint
+    medvlm dataset build-preference --recipe llava-med --temperature 0.8 --endpoint
     medvlm dataset build-preference --recipe llava-med --official stllava_dpo.json
     """
     workspace = Workspace(Path(obj)).ensure()
@@ -78,43 +72,11 @@ def build_preference(
                 workspace,
                 recipe,
                 checkpoint=checkpoint,
-                writer=_OneByOne,
                 judge=EndpointJudge(client) if client else None,
                 asking=Asking(**asking),
                 keep_leaked=keep_leaked,
             )
     print_report(report, as_json)
-
-
-class _OneByOne:
-    """A checkpoint that writes one text after the other."""
-
-    def __init__(self, checkpoint: Checkpoint, asking: Asking) -> None:
-        from medvlm.serving.chat import ChatModel
-
-        self._model = ChatModel(checkpoint)
-        self._asking = asking
-
-    def ask(self, requests: Sequence[GenerationRequest]) -> list[str]:
-        """A text for each request."""
-        return self.answer(requests)
-
-    def answer(self, requests: Sequence[GenerationRequest]) -> list[str]:
-        """A text for each request."""
-        from medvlm.records import Turn
-        from medvlm.serving.chat import Sampling
-
-        asking = self._asking
-        return [
-            "".join(
-                self._model.stream(
-                    request.image,
-                    [Turn("user", request.prompt)],
-                    Sampling(asking.temperature, asking.top_p, asking.max_tokens, request.seed),
-                )
-            )
-            for request in requests
-        ]
 
 
 def _published(workspace: Workspace, recipe: str, official: Path, *, keep_leaked: bool) -> Report:

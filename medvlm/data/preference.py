@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +190,7 @@ def self_preferences(
     questions: int = 1,
     ask: Asks = "both",
     seed: int = 0,
-    asked_by: Counter[str] | None = None,
+    asked_by: dict[str, int] | None = None,
 ) -> Iterator[PreferencePair | Dropped]:
     """Pairs that the model makes about the images of a training set, as STLLaVA-Med does.
 
@@ -209,7 +208,7 @@ def self_preferences(
         Pairs; and ``question_malformed``, ``question_repeated``, ``answer_empty``, ``answers_equal``, ``tie`` or the
         judge's own reason for each question that gave none.
     """
-    counts = asked_by if asked_by is not None else Counter[str]()
+    counts = asked_by if asked_by is not None else {}
     for batch in _batches(samples, BATCH):
         if ask == "dataset":
             rows = [asked for sample in batch for asked in _dataset_questions(sample)[:questions]]
@@ -222,7 +221,7 @@ def self_preferences(
             elif any(other.sample is row.sample and other.question == row.question for other in usable):
                 yield Dropped(row.sample.sample_id, "question_repeated", row.question)
             else:
-                counts[row.by] += 1
+                counts[row.by] = counts.get(row.by, 0) + 1
                 usable.append(row)
         yield from _answered(usable, writer, judge, seed)
 

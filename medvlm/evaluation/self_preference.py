@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,8 +37,9 @@ class Asking:
     ask: Asks = "both"
     questions: int = 1
     """For each image, at most."""
-    temperature: float = 0.8
-    top_p: float = 1.0
+    temperature: float = 1.2
+    """As STLLaVA-Med samples; so is ``top_p``."""
+    top_p: float = 0.95
     max_tokens: int = 128
     """Of an answer."""
     limit: int | None = None
@@ -52,7 +52,7 @@ def build_self_preference(
     recipe: str,
     *,
     checkpoint: Path | None = None,
-    writer: Callable[[Checkpoint, Asking], Writer],
+    writer: Callable[[Checkpoint, Asking], Writer] | None = None,
     judge: Judge | None = None,
     asking: Asking | None = None,
     keep_leaked: bool = False,
@@ -65,7 +65,7 @@ def build_self_preference(
         workspace: Gives images and checkpoint; gets ``preference_pairs(recipe)`` and the report.
         recipe: Whose pairs these are.
         checkpoint: Of the model that writes; the recipe's after stage 2 by default.
-        writer: Makes the checkpoint one that samples.
+        writer: Makes a checkpoint one that samples; ``SelfQuestioner`` by default.
         judge: The offline rule by default.
         asking: What is asked, and how answers are sampled.
         keep_leaked: Keep images that a benchmark of this workspace tests with.
@@ -81,7 +81,7 @@ def build_self_preference(
     model = load_checkpoint(checkpoint or workspace.checkpoint(recipe, 2))
     mark = fingerprint(model.metadata["fingerprint"], asking.temperature, asking.top_p, asking.max_tokens)
     samples, total = drawn_samples(workspace.samples(asking.about), model.recipe.language, asking.limit, asking.seed)
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = {"model": 0, "dataset": 0}
     details: dict[str, Any] = {
         "asked_by": counts,
         "checkpoint": model.metadata["fingerprint"],
@@ -90,7 +90,9 @@ def build_self_preference(
         "temperature": asking.temperature,
         "top_p": asking.top_p,
     }
-    with _remembering(workspace.scratch("preference", f"{recipe}.sqlite"), writer(model, asking), mark) as remembering:
+    with _remembering(
+        workspace.scratch("preference", f"{recipe}.sqlite"), (writer or _questioner)(model, asking), mark
+    ) as remembering:
         rows = self_preferences(
             watched(samples, total, "images"),
             remembering,
@@ -125,6 +127,24 @@ def drawn_samples(folder: Path, language: str, limit: int | None, seed: int) -> 
         )
     drawn = set(sorted(ids, key=lambda one: (pick(seed, f"{one} drawn", 2**62), one))[:limit])
     return (sample for sample in iterate_records(folder, Sample) if sample.sample_id in drawn), len(drawn)
+
+
+def _questioner(checkpoint: Checkpoint, asking: Asking) -> Writer:
+    from medvlm.evaluation.self_question import SelfQuestioner
+    from medvlm.models.template import TEMPLATES
+
+    questioner = SelfQuestioner(
+        checkpoint, temperature=asking.temperature, top_p=asking.top_p, max_new_tokens=asking.max_tokens
+    )
+    _, stage = checkpoint.recipe.stage(checkpoint.metadata["stage"])
+    return questioner if TEMPLATES[stage.template].asks else _Prompted(questioner)
+
+
+class _Prompted:
+    """A model that was never taught to ask: it is asked for a question as for anything else."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.ask = self.answer = writer.answer
 
 
 @contextmanager

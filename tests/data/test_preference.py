@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,12 +173,12 @@ def test_where_the_model_asks_nothing_the_dataset_does(tmp_path: Path) -> None:
     first, second = alignment_samples(tmp_path, 2)
     turns = (*first.turns, Turn("user", "Which side?"), Turn("assistant", "left"))
     model = ScriptedModel(["which side", "What is it?"], ["left", "A chest X-ray", "nodule", "A cat"])
-    asked: Counter[str] = Counter()
+    asked: dict[str, int] = {}
     rows = list(
         self_preferences([dataclasses.replace(first, turns=turns), second], model, OverlapJudge(), asked_by=asked)
     )
     pairs = [row for row in rows if isinstance(row, PreferencePair)]
-    assert asked == Counter(model=1, dataset=1)
+    assert asked == {"model": 1, "dataset": 1}
     assert pairs[0].question == first.turns[0].text.replace("<image>", "").strip()
 
 
