@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "leaderboard": ("medvlm.commands.leaderboard:leaderboard", "Show all scores beside the published ones."),
     "chat": ("medvlm.commands.chat:chat", "Talk to a checkpoint about an image."),
     "serve": ("medvlm.commands.serve:serve", "Serve a checkpoint as OpenAI's chat completions."),
+    "release": ("medvlm.commands.release:release", "Bundle a model with card, credit and checksums; promote it."),
 }
 
 

@@ -12,7 +12,8 @@
     │   ├── NonFiniteLoss   the loss became NaN or infinite
     │   └── OutOfMemory     a setting has to shrink
     ├── ImageTokenMismatch  text and images of a batch do not belong together
-    └── PredictionMismatch  predictions and benchmark items do not join one to one
+    ├── PredictionMismatch  predictions and benchmark items do not join one to one
+    └── ReleaseRefused      a release may not be promoted, or the registry would not take it
 
 A bad *record* is never an exception: it is a row with a status and a reason. These are for a
 broken *run*. Each says what happened with the value, where, and what to do next.
@@ -29,6 +30,7 @@ __all__ = [
     "OutOfMemory",
     "PredictionMismatch",
     "RecipeError",
+    "ReleaseRefused",
     "StoreError",
     "TrainingError",
     "WorkspaceError",
@@ -108,3 +110,7 @@ class ImageTokenMismatch(MedVLMError):
 
 class PredictionMismatch(MedVLMError):
     """Predictions and benchmark items do not join one to one."""
+
+
+class ReleaseRefused(MedVLMError):
+    """A release may not be promoted, or the registry would not take it."""

@@ -163,6 +163,10 @@ class Workspace:
         """Step folder: ``scores/scores.parquet``, ``scores/wrong_answers.parquet``, ``report.json``."""
         return self.root / "scores" / recipe / benchmark
 
+    def release(self, recipe: str) -> Path:
+        """Step folder: ``bundle/`` is what leaves the house; ``promoted.json`` says which one may be used."""
+        return self.root / "releases" / recipe
+
     @property
     def leaderboard(self) -> Path:
         """Step folder of the leaderboard: ``rows.json`` and ``report.json``."""

@@ -8,7 +8,7 @@ import dagster as dg
 
 import medvlm
 from orchestration.alerts import Alerts
-from orchestration.assets import benchmarks, datasets, ingest, training
+from orchestration.assets import benchmarks, datasets, ingest, release, training
 from orchestration.checks import all_checks
 from orchestration.jobs import all_jobs
 from orchestration.resources import DvcProject
@@ -27,7 +27,7 @@ def _from_environment(name: str) -> Any:
 defs = dg.Definitions(
     assets=dg.map_asset_specs(
         lambda spec: spec.replace_attributes(code_version=medvlm.__version__),
-        dg.load_assets_from_modules([ingest, datasets, training, benchmarks]),
+        dg.load_assets_from_modules([ingest, datasets, training, benchmarks, release]),
     ),
     asset_checks=all_checks,
     jobs=all_jobs,

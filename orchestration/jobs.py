@@ -29,6 +29,13 @@ refresh_leaderboard = dg.define_asset_job(
 )
 
 
+bundle_release = dg.define_asset_job(
+    "bundle_release",
+    dg.AssetSelection.assets("model_card", "release_bundle"),
+    description="Card and bundle of one scored recipe. Promotion is a step of its own, after a person's approval.",
+)
+
+
 @dg.op
 def recheck_figures_op(context: dg.OpExecutionContext, project: DvcProject) -> None:
     """Take retracted and relicensed figures out of the shards, and tell DVC that this was meant."""
@@ -45,4 +52,4 @@ def nightly() -> None:
     recheck_figures_op()
 
 
-all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, nightly]
+all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, bundle_release, nightly]

@@ -65,6 +65,7 @@ def _runs(settings: Settings, recipes: Sequence[str]) -> Iterator[tuple[str, str
         for item in settings.items.evaluations.values():
             if item.recipe == recipe:
                 yield "evaluate", str(dg.MultiPartitionKey({"recipe": recipe, "benchmark": item.benchmark}))
+        yield "bundle_release", recipe
     yield "refresh_leaderboard", None
 
 

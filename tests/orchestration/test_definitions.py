@@ -34,12 +34,14 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
     assert parents("benchmark_predictions") == {"stage3_checkpoint", "benchmark_items"}
     assert parents("benchmark_scores") == {"benchmark_predictions", "benchmark_items"}
     assert parents("leaderboard") == {"benchmark_scores"}
+    assert parents("model_card") == {"stage3_checkpoint", "benchmark_scores", "leakage_report"}
+    assert parents("release_bundle") == {"model_card", "stage3_checkpoint"}
 
 
 def test_every_asset_has_a_description_a_group_an_owner_and_kinds(graph: object) -> None:
     for node in graph.asset_nodes:  # type: ignore[attr-defined]
         assert node.description, node.key
-        assert node.group_name in {"ingest", "datasets", "training", "benchmarks"}, node.key
+        assert node.group_name in {"ingest", "datasets", "training", "benchmarks", "release"}, node.key
         assert node.owners, node.key
         assert node.kinds, node.key
 
