@@ -1,11 +1,9 @@
-"""Three stages of the twin: what they write, that they learn, and the stored losses."""
+"""Three stages of the twin: what they write, and that they learn."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +13,6 @@ from twin_case import STEPS, TrainedTwin
 from medvlm.models.checkpoint import load_checkpoint
 from medvlm.store import read_report
 from medvlm.training.run import run_stage
-
-GOLDEN = Path(__file__).with_name("golden_losses.json")
-
-
-def test_twenty_steps_give_the_stored_losses(trained: TrainedTwin) -> None:
-    losses = {
-        stage: [point["loss"] for point in report.details["curves"]["all"]]
-        for stage, report in zip(("align", "instruct"), trained.reports, strict=False)
-    }
-    if os.environ.get("MEDVLM_UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
-    for stage, stored in json.loads(GOLDEN.read_text()).items():
-        assert len(stored) == STEPS
-        assert losses[stage] == pytest.approx(stored, abs=1e-4), stage
 
 
 def test_the_loss_falls(trained: TrainedTwin) -> None:
