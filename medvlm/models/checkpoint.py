@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medvlm.config import load_recipe, recipe_yaml
 from medvlm.errors import CheckpointError
 from medvlm.models.loading import check_keys, check_sizes, refuse_loading
+from medvlm.models.sources import pretrained
 from medvlm.models.template import IMAGE_MARK
 from medvlm.models.tokenizer import load_tokenizer, special_marks
 from medvlm.models.vision import ImageProcessor, draw_tower, load_tower, tower_config
@@ -128,7 +129,7 @@ def model_config(
         image_seq_length=recipe.model.image_tokens,
         vision_feature_layer=recipe.model.vision_tower.feature_layer,
         vision_feature_select_strategy="default" if recipe.model.vision_tower.feature_select == "patch" else "full",
-        tie_word_embeddings=False,
+        tie_word_embeddings=recipe.model.language_model.tied_embeddings,
         dtype="float32",
         **marks,
     )
@@ -156,7 +157,7 @@ def decoder_config(recipe: Recipe, vocab_size: int, marks: Mapping[str, int | No
         max_position_embeddings=spec.max_positions,
         # Keeps what a layer puts out as large as what it reads, at any width.
         initializer_range=1 / math.sqrt(spec.hidden_size),
-        tie_word_embeddings=False,
+        tie_word_embeddings=spec.tied_embeddings,
         **marks,
     )
 
@@ -172,9 +173,11 @@ def _published_decoder(recipe: Recipe, attention: str) -> Any:
     spec = recipe.model.language_model
     if spec.weights == RANDOM:
         return None
+    source, options = pretrained(spec.weights)
     with refuse_loading(spec.weights):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.weights,
+            source,
+            **options,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
@@ -186,9 +189,19 @@ def _published_decoder(recipe: Recipe, attention: str) -> Any:
     check_sizes(
         decoder.config,
         _SizesOf(spec),
-        ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "tie_word_embeddings",
+        ),
         spec.weights,
     )
+    if options:
+        # The weights are in float32 now; what says that they were quantised would keep them from being saved.
+        del decoder.config.quantization_config
     return decoder
 
 
@@ -201,6 +214,7 @@ class _SizesOf:
         self.num_attention_heads = spec.heads
         self.num_key_value_heads = spec.kv_heads
         self.intermediate_size = spec.mlp_size
+        self.tie_word_embeddings = spec.tied_embeddings
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: dict[str, Any] | None = None) -> None:

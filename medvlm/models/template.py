@@ -87,6 +87,12 @@ TEMPLATES: dict[TemplateName, Template] = {
     "phi": Template(
         first=f"{_ASSISTANT} USER: {{text}} ASSISTANT:", user="USER: {text} ASSISTANT:", assistant=" {text}{eos}"
     ),
+    # SmolLM2-Instruct and others, without a system prompt.
+    "chatml": Template(
+        first="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        user="\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        assistant="{text}{eos}",
+    ),
 }
 
 

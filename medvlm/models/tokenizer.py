@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medvlm.errors import CheckpointError
+from medvlm.models.sources import pretrained
 from medvlm.models.template import IMAGE_MARK, TEMPLATES, fixed_phrases
 from medvlm.recipe_schema import Recipe
 
@@ -67,7 +68,7 @@ def load_tokenizer(source: str | Path, marks: Sequence[str]) -> PreTrainedTokeni
     """A published or saved tokenizer, with the marks added where they are not there yet.
 
     Args:
-        source: A hub id or a folder.
+        source: A hub id, a folder, a GGUF file, or a package that brings one.
         marks: See ``special_marks``.
 
     Raises:
@@ -75,8 +76,9 @@ def load_tokenizer(source: str | Path, marks: Sequence[str]) -> PreTrainedTokeni
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    name, options = pretrained(str(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the tokenizer cannot be loaded: {error}", where=str(source), hint="check the hub id or the folder"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medvlm.data.images import decode_image
 from medvlm.errors import CheckpointError
+from medvlm.models.sources import packaged_file
 from medvlm.recipe_schema import Recipe, VisionTower
 
 if TYPE_CHECKING:
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+    from medvlm.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel
+
 __all__ = ["ImageProcessor", "draw_tower", "load_tower", "tower_config"]
+
+_NORMALISATION = {
+    # EfficientNet-Lite's own (MEAN_RGB 127, STDDEV_RGB 128 in tensorflow/tpu); CLIP's stand in its processor.
+    "efficientnet_lite0": {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3},
+}
 
 
 class ImageProcessor:
@@ -36,7 +44,11 @@ class ImageProcessor:
 
         size = tower.image_px
         return cls(
-            CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+            CLIPImageProcessorPil(
+                size={"shortest_edge": size},
+                crop_size={"height": size, "width": size},
+                **_NORMALISATION.get(tower.architecture, {}),
+            ),
             tower.image_fit,
         )
 
@@ -80,10 +92,15 @@ class ImageProcessor:
         return ground
 
 
-def tower_config(tower: VisionTower) -> CLIPVisionConfig:
+def tower_config(tower: VisionTower) -> CLIPVisionConfig | EfficientNetLiteConfig:
     """The transformers configuration of a recipe's tower."""
     from transformers import CLIPVisionConfig
 
+    if tower.architecture == "efficientnet_lite0":
+        from medvlm.models.efficientnet import STRIDE, EfficientNetLiteConfig
+
+        make_config: Any = EfficientNetLiteConfig
+        return make_config(image_size=tower.image_px, fold=tower.patch_px // STRIDE)
     return CLIPVisionConfig(
         hidden_size=tower.hidden_size,
         intermediate_size=tower.mlp_size,
@@ -94,11 +111,11 @@ def tower_config(tower: VisionTower) -> CLIPVisionConfig:
     )
 
 
-def load_tower(recipe: Recipe, attention: str) -> CLIPVisionModel:
+def load_tower(recipe: Recipe, attention: str) -> CLIPVisionModel | EfficientNetLiteModel:
     """The published tower that a recipe names.
 
     Args:
-        recipe: ``model.vision_tower.weights`` is a hub id or a folder; safetensors only.
+        recipe: ``model.vision_tower.weights`` is a hub id or a folder (safetensors only), or a package.
         attention: transformers' name of the attention implementation.
 
     Raises:
@@ -109,6 +126,11 @@ def load_tower(recipe: Recipe, attention: str) -> CLIPVisionModel:
     from medvlm.models.loading import check_keys, check_sizes, refuse_loading
 
     spec = recipe.model.vision_tower
+    if spec.architecture == "efficientnet_lite0":
+        from medvlm.models.efficientnet import load_published
+
+        config: Any = tower_config(spec)
+        return load_published(packaged_file(spec.weights, ".pth"), config)
     with refuse_loading(spec.weights):
         loaded: Any = CLIPVisionModel.from_pretrained(
             spec.weights,
@@ -126,7 +148,7 @@ def load_tower(recipe: Recipe, attention: str) -> CLIPVisionModel:
     return tower
 
 
-def draw_tower(tower: CLIPVisionModel, seed: int) -> None:
+def draw_tower(tower: CLIPVisionModel | EfficientNetLiteModel, seed: int) -> None:
     """Draw a tower's weights so that a frozen random tower still carries the image.
 
     CLIP's own random start has positions a hundred times weaker than content, and mixes patches blindly.
@@ -141,8 +163,12 @@ def draw_tower(tower: CLIPVisionModel, seed: int) -> None:
     import torch
     from torch import nn
 
-    embeddings: Any = tower.embeddings
     generator = torch.Generator().manual_seed(seed)
+    if tower.config.model_type == "efficientnet_lite0":
+        convolutional: Any = tower
+        convolutional.draw(generator)
+        return
+    embeddings: Any = tower.embeddings
     with torch.no_grad():
         kernel_DK = embeddings.patch_embedding.weight.view(embeddings.patch_embedding.weight.shape[0], -1)
         nn.init.orthogonal_(kernel_DK, generator=generator)
