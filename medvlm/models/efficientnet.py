@@ -69,7 +69,7 @@ class _Conv(nn.Conv2d):
     def __init__(self, inward: int, outward: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inward, outward, kernel, stride, groups=groups, bias=False)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
+    def forward(self, input: Tensor) -> Tensor:  # torch's own name
         pads: list[int] = []
         for size in (input.shape[-1], input.shape[-2]):
             stride, kernel = self.stride[0], self.kernel_size[0]
@@ -114,6 +114,8 @@ class EfficientNetLiteModel(PreTrainedModel):
     base_model_prefix = "efficientnet"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # It has no attention, so that any choice for the language model suits it.
+    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

