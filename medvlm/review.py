@@ -8,9 +8,7 @@ changed or removed: taking a decision back is a decision too.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +18,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-from medvlm.errors import InputError, WorkspaceError
+from medvlm.append_only import append_line, read_lines
+from medvlm.errors import InputError
 from medvlm.records import Figure, PreferencePair, Sample, schema_of, to_row
 from medvlm.store import Workspace, atomic_path, read_records
 
@@ -157,21 +156,7 @@ class Journal:
         Raises:
             WorkspaceError: It could not be written; the journal is as it was.
         """
-        line = json.dumps(dataclasses.asdict(decision), ensure_ascii=False).encode() + b"\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                _append(descriptor, line)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise WorkspaceError(
-                f"the decision was not saved: {error.strerror}",
-                where=str(self.path),
-                hint="free some space or fix the permissions, then decide again",
-            ) from error
+        append_line(self.path, dataclasses.asdict(decision), "the decision")
 
     def read(self) -> list[Decision]:
         """Every decision in the order they were made; a line that a killed writer left half is not one.
@@ -179,11 +164,7 @@ class Journal:
         Raises:
             InputError: A line in the middle is damaged.
         """
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
-        return [_decision(line, f"{self.path}, line {number}") for number, line in enumerate(lines, 1)]
+        return [_decision(line, where) for line, where in read_lines(self.path)]
 
     def stamp(self) -> tuple[int, int]:
         """Changes with every decision: size and time of the file."""
@@ -191,32 +172,6 @@ class Journal:
             return (0, 0)
         stat = self.path.stat()
         return (stat.st_size, stat.st_mtime_ns)
-
-
-def _append(descriptor: int, line: bytes) -> None:
-    """Under the lock: cut off what a killed writer left half, write, sync; on failure restore."""
-    end = _last_line_end(descriptor)
-    os.ftruncate(descriptor, end)
-    try:
-        view = memoryview(line)
-        while view:
-            view = view[os.pwrite(descriptor, view, end + len(line) - len(view)) :]
-        os.fsync(descriptor)
-    except OSError:
-        os.ftruncate(descriptor, end)
-        raise
-
-
-def _last_line_end(descriptor: int) -> int:
-    """The place after the last line break: all before it was confirmed."""
-    end = os.fstat(descriptor).st_size
-    while end > 0:
-        start = max(0, end - 65536)
-        place = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if place >= 0:
-            return start + place + 1
-        end = start
-    return 0
 
 
 def _decision(line: bytes, where: str) -> Decision:

@@ -116,7 +116,7 @@ def test_a_failed_write_leaves_the_journal_as_it_was(journal: Journal, monkeypat
     def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medvlm.review.os.fsync", disk_full)
+    monkeypatch.setattr("medvlm.append_only.os.fsync", disk_full)
     with pytest.raises(WorkspaceError, match="No space left"):
         journal.decide("ann", "figures", "b", "accept")
     assert journal.path.read_bytes() == before

@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_the_record_on_the_page(
     def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medvlm.review.os.fsync", disk_full)
+    monkeypatch.setattr("medvlm.append_only.os.fsync", disk_full)
     press(page, "Accept")
     assert "was not saved" in page.error[0].value
     assert shown(page) == record
