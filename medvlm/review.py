@@ -97,7 +97,7 @@ class Journal:
     """
 
     def __init__(self, workspace: Workspace) -> None:
-        self.path: Path = workspace.review / "decisions.jsonl"
+        self.path: Path = workspace.review_decisions
 
     def decide(
         self,
@@ -270,7 +270,7 @@ def save_preference(workspace: Workspace, pair: PreferencePair) -> None:
     import pyarrow.parquet as pq
 
     # Named after its content: saying the same twice keeps it once.
-    with atomic_path(workspace.review / "preferences" / f"{pair.pair_id}.parquet") as temporary:
+    with atomic_path(workspace.review_preferences / f"{pair.pair_id}.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist([to_row(pair)], schema=schema_of(PreferencePair)), temporary)
 
 
@@ -280,7 +280,7 @@ def saved_preferences(workspace: Workspace) -> list[PreferencePair]:
     Raises:
         WorkspaceError: A file is damaged.
     """
-    folder = workspace.review / "preferences"
+    folder = workspace.review_preferences
     return read_records(folder, PreferencePair) if folder.is_dir() else []
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medvlm.atomic import atomic_folder, atomic_path, workspace_errors
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import from_row, schema_of, to_row
 
@@ -132,11 +130,7 @@ class Workspace:
         return self.privacy / "flags"
 
     def contract(self, name: str) -> Path:
-        """Folder of one contract's last result: ``result.json`` and ``quarantine.parquet``.
-
-        Args:
-            name: Such as ``figures``; ``preference/<recipe>`` where a contract was run for one recipe.
-        """
+        """A contract's last result, such as ``figures`` or ``preference/<recipe>``: result.json, quarantine.parquet."""
         return self.root / "contracts" / name
 
     def recipe(self, name: str) -> Path:
@@ -177,86 +171,34 @@ class Workspace:
         """Folder of people's decisions, append-only."""
         return self.root / "review"
 
+    @property
+    def review_decisions(self) -> Path:
+        """Every decision about a record, one JSON line each; what datasets are built from depends on it."""
+        return self.review / "decisions.jsonl"
+
+    @property
+    def review_preferences(self) -> Path:
+        """A shard for each preference that somebody expressed in a chat."""
+        return self.review / "preferences"
+
     def ensure(self) -> Workspace:
         """Create the root if needed and make sure that it can be written.
+
+        An empty journal of decisions and an empty folder of preferences are there from the start: DVC refuses a
+        step that depends on a file which does not exist.
 
         Raises:
             WorkspaceError: It cannot, with the reason of the operating system.
         """
         probe = self.root / f".probe-{uuid.uuid4().hex}"
-        with _workspace_errors(self.root):
+        with workspace_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
+            self.review_preferences.mkdir(parents=True, exist_ok=True)
+            if not self.review_decisions.exists():
+                self.review_decisions.touch()
         return self
-
-
-@contextmanager
-def _workspace_errors(path: Path) -> Generator[None]:
-    """Turn the operating system's refusals into an error that names the next step."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_mb = shutil.disk_usage(_existing_parent(path)).free // 2**20
-            raise WorkspaceError(
-                f"the disk is full: {free_mb} MB are free",
-                where=str(path),
-                hint="free some space, or choose another disk with --workspace; then run the same command again",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise WorkspaceError(
-                f"the workspace cannot be written: {error.strerror}",
-                where=str(path),
-                hint="fix its permissions, or choose another folder with --workspace",
-            ) from error
-        raise
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(p for p in (path, *path.resolve().parents) if p.exists())
-
-
-@contextmanager
-def atomic_path(path: Path) -> Generator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well.
-
-    A killed process leaves at most a ``.tmp-`` file, which no reader looks at.
-
-    Raises:
-        WorkspaceError: The disk is full or read-only.
-    """
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
-    with _workspace_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Generator[Path]:
-    """A temporary folder beside ``path`` that takes its place, whole, when the block ends well.
-
-    Raises:
-        WorkspaceError: The disk is full or read-only.
-    """
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
-    with _workspace_errors(path):
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            old = path.with_name(f".old-{uuid.uuid4().hex}-{path.name}")
-            if path.exists():
-                path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -193,3 +193,11 @@ class Odd:
 def test_a_record_of_an_unknown_type_is_refused() -> None:
     with pytest.raises(TypeError, match="complex"):
         schema_of(Odd)
+
+
+def test_what_people_decide_is_there_before_anybody_decides(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "ws").ensure()
+    assert workspace.review_decisions.read_bytes() == b""
+    assert list(workspace.review_preferences.iterdir()) == []
+    workspace.review_decisions.write_text("a decision")
+    assert workspace.ensure().review_decisions.read_text() == "a decision"
