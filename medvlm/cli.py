@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("medvlm.commands.recipe:recipe", "List, show and check recipes."),
     "plan": ("medvlm.commands.plan:plan", "Reckon memory, hours and cost of a recipe on given hardware."),
     "train": ("medvlm.commands.train:train", "Train one stage of a recipe as a DeepSpeed job."),
+    "delta": ("medvlm.commands.delta:delta", "Add published delta weights to their base model, or make them."),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),
