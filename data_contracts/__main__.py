@@ -36,9 +36,10 @@ SHOWN_EXAMPLES = 5
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 @click.option(
     "--docs/--no-docs",
-    default=False,
+    default=True,
     envvar="MEDVLM_CONTRACT_DOCS",
-    help="Build HTML pages (Great Expectations Data Docs) into contracts/NAME/docs.",
+    show_default=True,
+    help="Build HTML pages (Great Expectations Data Docs) into contracts/NAME/docs; a few tenths of a second.",
 )
 @click.option("--accept", is_flag=True, help="Take this version as the one that later ones are compared with.")
 def main(
@@ -55,12 +56,12 @@ def main(
     \b
     Examples:
       python -m data_contracts figures
-      python -m data_contracts alignment instruct --docs
+      python -m data_contracts alignment instruct
       python -m data_contracts benchmark-items --benchmark vqa-rad --json
       python -m data_contracts preference --recipe tiny-stllava-med
       python -m data_contracts figures --accept      after a change of the data that is meant
     """
-    from data_contracts.run import run_contract
+    from data_contracts.run import result_folder, run_contract
 
     selection = Selection(benchmark=benchmark, recipe=recipe)
     results: list[ContractResult] = []
@@ -69,6 +70,8 @@ def main(
         results.append(result)
         if not as_json:
             click.echo(readable(result))
+            if result.docs:
+                click.echo(f"  pages: {result_folder(Workspace(workspace), name, selection) / result.docs}")
     if as_json:
         listed = [result.to_json() for result in results]
         success = all(result.success for result in results)

@@ -71,6 +71,8 @@ class ContractResult:
     checks: tuple[Check, ...]
     numbers: dict[str, float] = field(default_factory=dict[str, float])
     """What the limits measured, by rule."""
+    docs: str = ""
+    """First page of the Data Docs, relative to the result's folder; empty where none were built."""
 
     @property
     def success(self) -> bool:
@@ -97,6 +99,7 @@ class ContractResult:
             "rows": self.rows,
             "fingerprint": self.fingerprint,
             "numbers": self.numbers,
+            "docs": self.docs,
             "checks": [check.to_json() for check in self.checks],
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ __all__ = ["result_folder", "run_contract"]
 
 MEMORY = "1GB"
 """Limit of DuckDB's own memory; it spills to disk beyond."""
+DOCS = "docs/index.html"
+"""The first page of the Data Docs, below a contract's folder."""
 
 
 def result_folder(workspace: Workspace, name: str, selection: Selection) -> Path:
@@ -53,7 +56,7 @@ def run_contract(
         workspace: Where the tables are and the result goes.
         name: A key of ``CONTRACTS``.
         selection: One recipe or benchmark only; the result then lies in a sub-folder.
-        docs: Build the Great Expectations Data Docs too.
+        docs: Build the Great Expectations Data Docs too; ``result.json`` names their first page.
         accept: Take this version as the one that later ones are compared with, however far it moved.
         seed: Chooses the pictures to decode where there are too many for all.
 
@@ -86,7 +89,15 @@ def run_contract(
         fingerprint=hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16],
         checks=tuple(checks),
         numbers=numbers,
+        docs=DOCS if docs else "",
     )
+    if docs:
+        from data_contracts.docs import write_docs
+
+        write_docs((folder / DOCS).parent, result, pages)
+    else:
+        # Pages of an earlier run would show an old verdict.
+        shutil.rmtree((folder / DOCS).parent, ignore_errors=True)
     write_result(folder, result, started=started)
     if contract.drift and (result.success or accept):
         accepted = {
@@ -95,10 +106,6 @@ def run_contract(
             if now is not None
         }
         write_json(folder / "accepted.json", remembered | accepted)
-    if docs:
-        from data_contracts.docs import write_docs
-
-        write_docs(folder / "docs", result, pages)
     return result
 
 

@@ -174,6 +174,22 @@ def test_docs_are_whole_pages_that_fetch_nothing(tmp_path: Path) -> None:
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+https?://", page)
 
 
+def test_the_result_names_its_pages_and_old_ones_go(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    sound_records.write(workspace, "alignment", sound_records.sound("alignment"))
+    folder = workspace.contract("alignment")
+    done = command(tmp_path, "alignment")
+    assert f"pages: {folder / 'docs' / 'index.html'}" in done.stdout
+    result = read_json(folder / "result.json")
+    assert (folder / result["docs"]).is_file()
+    before = (folder / "docs" / "index.html").read_bytes(), (folder / "result.json").read_bytes()
+    run_contract(workspace, "alignment", docs=True)
+    assert ((folder / "docs" / "index.html").read_bytes(), (folder / "result.json").read_bytes()) == before
+    run_contract(workspace, "alignment")
+    assert read_json(folder / "result.json")["docs"] == ""
+    assert not (folder / "docs").exists()
+
+
 def test_large_tables_get_a_seeded_sample_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_contracts.images, "EVERY_IMAGE_UP_TO", 8)
     monkeypatch.setattr(data_contracts.images, "SAMPLED_IMAGES", 3)
