@@ -16,7 +16,15 @@ from typing import Any
 from medvlm.errors import TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 
-__all__ = ["Engine", "choose_engine", "deepspeed_config", "prepared_environment", "quiet_libraries", "split_batch"]
+__all__ = [
+    "Engine",
+    "choose_engine",
+    "deepspeed_config",
+    "free_port",
+    "prepared_environment",
+    "quiet_libraries",
+    "split_batch",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +82,21 @@ def prepared_environment() -> Generator[None]:
             os.environ.pop(name, None)
 
 
-def _single_rank() -> dict[str, str]:
+def free_port() -> int:
+    """A port of this host that nobody listens on: two jobs must not meet on one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def _single_rank() -> dict[str, str]:
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from medvlm.config import load_recipe
 from medvlm.errors import TrainingError
 from medvlm.store import Report, Workspace, read_report
+from medvlm.training.engine import free_port
 from medvlm.training.run import run_stage
 
 __all__ = ["gpu_count", "launch_stage", "wait_for"]
@@ -88,6 +89,8 @@ def _run_launcher(count: int, arguments: Sequence[str]) -> None:
         "-m",
         "deepspeed.launcher.runner",
         f"--num_gpus={count}",
+        f"--master_port={free_port()}",
+        "--log_level=error",
         "--module",
         "medvlm.training.run",
         *arguments,
