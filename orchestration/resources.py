@@ -63,7 +63,8 @@ class DvcProject(dg.ConfigurableResource):
             dagster.Failure: The stage failed; the message ends with the command's own last words.
         """
         before = self._locked(stage)
-        self.run(context, ["python", "-m", "dvc", "repro", "--single-item", stage], watch=watch)
+        # DVC holds its lock for its own bookkeeping only, not while the stage's command runs.
+        self.run(context, ["python", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage], watch=watch)
         after = self._locked(stage)
         return StageRun(stage, ran=after != before, data_version=_data_version(after))
 

@@ -63,3 +63,26 @@ def verify(bundle: Path, as_json: bool) -> None:
         click.echo("\n".join(changed) or "every file is as it was made", err=not changed)
     if changed:
         raise SystemExit(1)
+
+
+@release.command()
+@click.option("--recipe", required=True, help="A recipe with a release that a person approved.")
+@click.option("--json", "as_json", is_flag=True, help="Print the promotion as one JSON object.")
+@click.pass_obj
+def promote(workspace: str, recipe: str, as_json: bool) -> None:
+    """Make the release the one that others may use; registers it where MLFLOW_TRACKING_URI is set.
+
+    \b
+    Example:
+      medvlm release promote --recipe tiny-llava-med
+    """
+    import dataclasses
+
+    from medvlm.release.promote import promote as promote_release
+
+    promotion = promote_release(Workspace(Path(workspace)), recipe)
+    if as_json:
+        print_json(dataclasses.asdict(promotion))
+    else:
+        registered = f", registered as {promotion.registered}" if promotion.registered else ""
+        click.echo(f"{recipe} {promotion.fingerprint} is promoted, approved by {promotion.who}{registered}", err=True)

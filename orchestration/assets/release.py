@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from medvlm.errors import MedVLMError
+from medvlm.errors import MedVLMError, ReleaseRefused
 from orchestration.assets.benchmarks import benchmark_scores
 from orchestration.assets.datasets import leakage_report
 from orchestration.assets.training import stage3_checkpoint
@@ -41,3 +41,31 @@ def release_bundle(context: dg.AssetExecutionContext, project: DvcProject) -> dg
     """Checkpoint, card, attribution of every figure, bill of materials of the data, and checksums."""
     run = project.reproduce(context, f"release@{context.partition_key}")
     return materialized(run, project.workspace.release(context.partition_key))
+
+
+@dg.asset(
+    group_name="release",
+    kinds={"mlflow"},
+    owners=["team:models"],
+    partitions_def=recipes,
+    deps=[release_bundle],
+)
+def promoted_model(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
+    """The release that others may use: every check holds and a person approved it on the dashboard.
+
+    Registered in MLflow's model registry where MLFLOW_TRACKING_URI is set.
+    """
+    from medvlm.release.promote import promote
+
+    try:
+        promotion = promote(project.workspace, context.partition_key)
+    except ReleaseRefused as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    return dg.MaterializeResult(
+        metadata={
+            "approved by": promotion.who,
+            "fingerprint": promotion.fingerprint,
+            "registered": promotion.registered or "no registry is configured",
+            "bundle": dg.MetadataValue.path(promotion.bundle),
+        }
+    )

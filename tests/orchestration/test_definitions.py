@@ -36,6 +36,7 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
     assert parents("leaderboard") == {"benchmark_scores"}
     assert parents("model_card") == {"stage3_checkpoint", "benchmark_scores", "leakage_report"}
     assert parents("release_bundle") == {"model_card", "stage3_checkpoint"}
+    assert parents("promoted_model") == {"release_bundle"}
 
 
 def test_every_asset_has_a_description_a_group_an_owner_and_kinds(graph: object) -> None:
