@@ -22,6 +22,7 @@ from medvlm.config import load_recipe, recipe_differences, stage_yaml
 from medvlm.errors import CheckpointError, MedVLMError, OutOfMemory, TrainingError
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
+from medvlm.training.curve import write_curve
 from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepared_environment, quiet_libraries
 from medvlm.training.resume import Scratch
 
@@ -121,7 +122,9 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
     packages = ("torch", "transformers", "deepspeed", "tokenizers", "safetensors")
     if engine.rank:
         return report
-    return write_report(workspace.stage(recipe.name, stage_number), report, started=started, packages=packages)
+    folder = workspace.stage(recipe.name, stage_number)
+    write_curve(folder, report.details["curves"])
+    return write_report(folder, report, started=started, packages=packages)
 
 
 def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
