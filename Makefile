@@ -35,13 +35,12 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@# Without bytecode each process would compile its libraries anew: 6 s a step.
 	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true
-	mkdir -p .dagster && cp orchestration/dagster.yaml .dagster/dagster.yaml
 	touch $@
 
 .venv/.installed-test: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true
-	@scripts/install_system_packages.sh chromium
+	@scripts/install_system_packages.sh chromium postgresql
 	touch $@
 
 demo: install
@@ -66,6 +65,7 @@ test: lint
 	pytest
 
 dev: install
+	python -m orchestration.instance
 	dagster dev -m orchestration.definitions -h 127.0.0.1 -p 3000
 
 dash: install

@@ -8,7 +8,6 @@ road that broke, walk it again.
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import dagster as dg
 
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.settings import Settings, read_settings
+from orchestration.instance import ensure_home
 
 # Each step's own output is what a person wants to read; Dagster's events are in the UI.
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -30,7 +30,7 @@ def walk(recipes: tuple[str, ...]) -> None:
     """Materialise every asset of some recipes and print how long each took."""
     from orchestration.definitions import PROJECT_ROOT, defs
 
-    _ensure_home(Path(os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT / ".dagster"))))
+    ensure_home(Path(os.environ.setdefault("DAGSTER_HOME", str(PROJECT_ROOT / ".dagster"))))
     settings = read_settings(PROJECT_ROOT / "params.yaml")
     began = time.monotonic()
     rows: list[tuple[str, float]] = []
@@ -48,14 +48,6 @@ def walk(recipes: tuple[str, ...]) -> None:
         click.echo(f"  {seconds:7.1f} s  {name}")
     click.echo(f"  {time.monotonic() - began:7.1f} s  in all")
     click.echo(RESEARCH_USE_ONLY)
-
-
-def _ensure_home(home: Path) -> None:
-    """Make the instance's folder, with our settings, where there is none yet."""
-    home.mkdir(parents=True, exist_ok=True)
-    settings = home / "dagster.yaml"
-    if not settings.exists():
-        shutil.copyfile(Path(__file__).with_name("dagster.yaml"), settings)
 
 
 def _runs(settings: Settings, recipes: Sequence[str]) -> Iterator[tuple[str, str | None]]:

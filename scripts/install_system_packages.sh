@@ -5,7 +5,8 @@ set -euo pipefail
 
 missing=()
 for package in "$@"; do
-  command -v "$package" >/dev/null || missing+=("$package")
+  dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q "ok installed" ||
+    command -v "$package" >/dev/null || missing+=("$package")
 done
 [ "${#missing[@]}" -eq 0 ] && exit 0
 
