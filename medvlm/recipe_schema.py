@@ -23,6 +23,7 @@ __all__ = [
     "Rates",
     "Recipe",
     "Role",
+    "Speed",
     "Stage",
     "StageName",
     "TemplateName",
@@ -207,6 +208,22 @@ class Rates(_Section):
     language_model: Annotated[float, Field(gt=0)] | None = None
 
 
+class Speed(_Section):
+    """What makes a stage faster and leaves its losses as they are; each can be switched off alone.
+
+    They are sizes in that a twin may change them: how much is computed, not what.
+    """
+
+    loss_at_labels: Annotated[bool, SIZE] = True
+    """The vocabulary is projected to at tokens that are learned, a bounded number of them at once."""
+    packing: Annotated[bool, SIZE] = True
+    """Short sequences of a micro-batch share a row instead of being padded; none sees another."""
+    shared_prefix: Annotated[bool, SIZE] = True
+    """With ``image_sharing: prefix``, what questions of one image share is computed once."""
+    length_groups: Annotated[bool, SIZE] = True
+    """Sequences of like length share a batch. It changes the order of the samples."""
+
+
 class Stage(_Section):
     """One training stage. A stage differs by its values, never by another script."""
 
@@ -230,8 +247,12 @@ class Stage(_Section):
     max_samples: Annotated[int, Field(gt=0), SIZE] | None
     """Only so many samples are used, drawn with the seed."""
     samples_per_image: Size
-    """At most this many samples of one image share a sequence, so that the image is read once. The
-    samples' order is drawn anew in each epoch. 1 is one sample a sequence."""
+    """At most this many samples of one image share a sequence, so that the image is read once; see
+    ``image_sharing``. The samples' order is drawn anew in each epoch. 1 is one sample a sequence."""
+    image_sharing: Literal["turns", "prefix"] = "turns"
+    """What samples that share a sequence know of each other: with ``turns`` they are one conversation, with
+    ``prefix`` each is answered as if it were alone with the image."""
+    speed: Speed = Speed()
     global_batch: Size
     """Sequences an optimiser step, over all processes and accumulation."""
     micro_batch: Size

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["MedVLMConfig", "MedVLMForConditionalGeneration", "MedVLMModel", "merge_image_features"]
+
+
+UNLEARNED = -100
+HEAD_TOKENS = 1024
 
 
 class MedVLMConfig(LlavaConfig):
@@ -63,6 +70,8 @@ class MedVLMForConditionalGeneration(LlavaForConditionalGeneration):
     """The whole model, with the language model's head."""
 
     config_class = MedVLMConfig
+    head_tokens: int | None = HEAD_TOKENS
+    """Learned tokens whose logits are held at once. None: the logits of every token, learned or not."""
 
     def __init__(self, config: Any) -> None:
         from torch import nn
@@ -71,6 +80,81 @@ class MedVLMForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = MedVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        pixel_values: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        logits_to_keep: Any = 0,
+        image_features: Any = None,
+        token_labels: Any = None,
+        **options: Any,
+    ) -> Any:
+        """What LLaVA's does, and two things more.
+
+        Args:
+            input_ids: This and what follows, up to ``logits_to_keep``, as in transformers.
+            pixel_values: See there.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: See there.
+            logits_to_keep: See there.
+            image_features: The tower's features (N, P, V), in place of the pixels.
+            token_labels: Labels (B, L), -100 where nothing is learned. The output's ``loss`` is then a loss for each
+                learned token, in reading order, and it has no logits.
+            options: See there.
+        """
+        if image_features is not None:
+            weight = next(self.model.multi_modal_projector.parameters())
+            projected = self.model.multi_modal_projector(image_features.to(weight.dtype))
+            outputs: Any = BaseModelOutputWithPooling
+            options["mm_encoder_outputs"] = {"image": outputs(pooler_output=list(projected))}
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **options,
+        }
+        if token_labels is None:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **inputs)
+        hidden_BLD = self.model(**inputs)[0]
+        made: Any = LlavaCausalLMOutputWithPast
+        return made(loss=self._token_losses(hidden_BLD[:, :-1], token_labels[:, 1:]))
+
+    def _token_losses(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+        """Cross-entropy of each learned token, (T,), float32."""
+        import torch
+
+        learned_BL = labels_BL != UNLEARNED
+        labels_T = labels_BL[learned_BL]
+        if self.head_tokens is None:
+            return _cross_entropy(self.lm_head(hidden_BLD)[learned_BL], labels_T)
+        hidden_TD = hidden_BLD[learned_BL]
+        if len(labels_T) <= self.head_tokens:
+            return _cross_entropy(self.lm_head(hidden_TD), labels_T)
+        # Logits of one part at a time, made again for the backward pass: memory does not grow with the text.
+        parts = zip(hidden_TD.split(self.head_tokens), labels_T.split(self.head_tokens), strict=True)
+        losses = [checkpoint(self._part_losses, *part, use_reentrant=False) for part in parts]
+        return torch.cat(losses)
+
+    def _part_losses(self, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+        return _cross_entropy(self.lm_head(hidden_TD), labels_T)
+
+
+def _cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    import torch.nn.functional as F  # noqa: N812
+
+    return F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
 
 
 def merge_image_features(text_BLD: Tensor, image_NPD: Tensor, input_ids_BL: Tensor, *, image_token_id: int) -> Tensor:

@@ -1,13 +1,12 @@
 """Conversations to token ids and labels, and sequences to batches.
 
-Shape letters: B batch, L sequence, N images, H and W pixels.
+Shape letters: N images, P placeholders of an image, V tower width, H and W pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from medvlm.errors import InputError
@@ -15,25 +14,12 @@ from medvlm.models.template import IMAGE_MARK, TEMPLATES, Segment, render
 from medvlm.models.tokenizer import IM_END, IM_START, special_marks
 from medvlm.recipe_schema import Recipe, TemplateName
 from medvlm.records import Turn
+from medvlm.training.packing import IGNORED, Encoded, pack_rows, packed_batch
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["IGNORED", "ConversationEncoder", "Encoded", "collate", "self_questions"]
-
-IGNORED = -100
-"""Label of a token without loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one sequence, with the image's placeholders in place."""
-
-    ids: list[int]
-    labels: list[int]
-    cut: int
-    """Tokens that the length limit took away."""
 
 
 class ConversationEncoder:
@@ -214,28 +200,31 @@ def _learned_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     return spans
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+def collate(
+    rows: Sequence[dict[str, Any]], pad_id: int, *, packing: bool = False, varlen: bool = False
+) -> dict[str, Any]:
     """A batch, padded on the right.
 
     Args:
-        rows: Each with ``encoded`` (``Encoded``), ``pixels`` (3, H, W) and ``sample_ids``.
+        rows: Each with ``sequences`` (``Encoded``, of one image), ``pixels`` (3, H, W) or ``features`` (P, V), and
+            ``sample_ids``.
         pad_id: Fills; never attended, never learned.
+        packing: Sequences may share a row; none sees another.
+        varlen: See ``packed_batch``.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (B, L), ``pixel_values`` (B, 3, H, W), and
-        ``sample_ids``, a list for each sequence.
+        ``input_ids``, ``labels`` and what ``packed_batch`` adds; ``pixel_values`` (N, 3, H, W) or ``image_features``
+        (N, P, V), one for each sequence in reading order; ``sample_ids``, a list for each of ``rows``.
     """
     import torch
 
-    length = max(len(row["encoded"].ids) for row in rows)
-
-    def padded(values: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([v + [fill] * (length - len(v)) for v in values])
-
+    sequences = [(sequence, row) for row in rows for sequence in row["sequences"]]
+    places = pack_rows([len(sequence.ids) for sequence, _ in sequences], packing=packing)
+    batch: dict[str, Any] = packed_batch([[sequences[i][0] for i in row] for row in places], pad_id, varlen=varlen)
+    images = [sequences[i][1] for row in places for i in row]
+    source, name = ("features", "image_features") if "features" in rows[0] else ("pixels", "pixel_values")
     return {
-        "input_ids": padded([row["encoded"].ids for row in rows], pad_id),
-        "attention_mask": padded([[1] * len(row["encoded"].ids) for row in rows], 0),
-        "labels": padded([row["encoded"].labels for row in rows], IGNORED),
-        "pixel_values": torch.stack([row["pixels"] for row in rows]),
+        **batch,
+        name: torch.stack([row[source] for row in images]),
         "sample_ids": [row["sample_ids"] for row in rows],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from medvlm.models.vision import ImageProcessor
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.records import Sample, Turn, VQAItem, from_row
 from medvlm.store import Workspace, fingerprint, read_json, shard_paths
-from medvlm.training.collate import ConversationEncoder, Encoded, self_questions
+from medvlm.training.collate import ConversationEncoder, self_questions
+from medvlm.training.packing import Encoded, share_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,9 @@ __all__ = [
     "quarantined_rows",
     "read_stage_samples",
 ]
+
+ImageStore = Callable[["StageSample"], "Tensor"]
+"""Gives a sample's pixels (3, H, W), or what a frozen tower made of them (P, V)."""
 
 PIXEL_CACHE_BYTES = 512 * 2**20
 _WINDOW_BATCHES = 16
@@ -243,6 +247,7 @@ class StagePlan:
     """
 
     def __init__(self, samples: Sequence[StageSample], stage: Stage, seed: int) -> None:
+        self.stage = stage
         self._per_image = stage.samples_per_image
         self._batch = stage.global_batch
         self._seed = seed
@@ -277,6 +282,8 @@ class StagePlan:
             order = [group[i] for i in rng.permutation(len(group))] if len(group) > 1 else group
             sequences += [tuple(order[i : i + self._per_image]) for i in range(0, len(order), self._per_image)]
         shuffled = [sequences[i] for i in rng.permutation(len(sequences))]
+        if not self.stage.speed.length_groups:
+            return shuffled
         window = _WINDOW_BATCHES * self._batch
         return [s for i in range(0, len(shuffled), window) for s in self._bucketed(shuffled[i : i + window], rng)]
 
@@ -290,12 +297,19 @@ class TrainingSet:
     """The sequences of a run as a map-style dataset; ``collate`` takes its rows."""
 
     def __init__(
-        self, samples: Sequence[StageSample], plan: StagePlan, encoder: ConversationEncoder, pixels: PixelStore
+        self,
+        samples: Sequence[StageSample],
+        plan: StagePlan,
+        encoder: ConversationEncoder,
+        images: ImageStore,
+        *,
+        shared_prefix: bool = True,
     ) -> None:
+        self._shared_prefix = shared_prefix and plan.stage.speed.shared_prefix
         self._samples = samples
         self._plan = plan
         self._encoder = encoder
-        self._pixels = pixels
+        self._images = images
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -307,11 +321,20 @@ class TrainingSet:
             InputError: Its image does not decode or its turns are malformed; the sample is named.
         """
         samples = [self._samples[index] for index in self._plan[position]]
+        image = self._images(samples[0])
         return {
-            "encoded": self.encode(samples, position // self._plan.sequences_per_epoch),
-            "pixels": self._pixels(samples[0]),
+            "sequences": self.sequences(samples, position // self._plan.sequences_per_epoch),
+            ("pixels" if image.ndim == 3 else "features"): image,
             "sample_ids": [sample.sample_id for sample in samples],
         }
+
+    def sequences(self, samples: Sequence[StageSample], epoch: int = 0) -> list[Encoded]:
+        """Samples of one image as the stage's ``image_sharing`` has it: one conversation, or apart from each other."""
+        if self._plan.stage.image_sharing == "turns":
+            return [self.encode(samples, epoch)]
+        apart = [self.encode([sample], epoch) for sample in samples]
+        shared = share_prefix(apart, self._encoder.image_id) if self._shared_prefix else None
+        return apart if shared is None else [shared]
 
     def encode(self, samples: Sequence[StageSample], epoch: int = 0) -> Encoded:
         """Samples of one image as one conversation: later ones lose the image mark that the first has."""

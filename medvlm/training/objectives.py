@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from medvlm.training.collate import IGNORED
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,14 +23,9 @@ def answer_loss(model: Any, batch: dict[str, Any], answer_tokens: Tensor | int |
     Returns:
         A scalar, in float32.
     """
-    import torch.nn.functional as F  # noqa: N812
-
-    labels_BL = batch["labels"][:, 1:]
-    learned_BL = labels_BL != IGNORED
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits_BLV = model(**inputs).logits[:, :-1]
-    total = F.cross_entropy(logits_BLV[learned_BL].float(), labels_BL[learned_BL], reduction="sum")
-    return total / (learned_BL.sum().clamp(min=1) if answer_tokens is None else answer_tokens)
+    losses_T = model(**inputs, token_labels=batch["labels"]).loss
+    return losses_T.sum() / (max(1, len(losses_T)) if answer_tokens is None else answer_tokens)
 
 
 OBJECTIVES: dict[str, Callable[[Any, dict[str, Any], Any], Any]] = {"answer": answer_loss}

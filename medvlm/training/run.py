@@ -217,9 +217,13 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     )
     start = _start(job, samples)
     freeze(start.model, stage)
+    if not stage.speed.loss_at_labels:
+        start.model.head_tokens = None
     plan = StagePlan(samples, stage, job.recipe.seed)
     encoder = ConversationEncoder(job.recipe, start.tokenizer, stage.template, stage.max_length)
-    training_set = TrainingSet(samples, plan, encoder, PixelStore(start.processor))
+    # Flash-attention knows no trees: there, questions of one image stand apart.
+    trees = job.engine.attention != "flash_attention_2"
+    training_set = TrainingSet(samples, plan, encoder, PixelStore(start.processor), shared_prefix=trees)
     counts = {
         "samples": len(samples),
         "quarantined": left_out["quarantined"],
@@ -287,7 +291,12 @@ def _fit(
             model=start.model,
             args=arguments,
             train_dataset=training_set,
-            data_collator=functools.partial(collate, pad_id=pad_id),
+            data_collator=functools.partial(
+                collate,
+                pad_id=pad_id,
+                packing=job.stage.speed.packing,
+                varlen=job.engine.attention == "flash_attention_2",
+            ),
             callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s)],
         )
         try:

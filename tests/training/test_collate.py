@@ -132,11 +132,11 @@ def test_padding_is_neither_attended_nor_learned() -> None:
     import torch
 
     rows = [
-        {"encoded": encoder().encode((QUESTION, Turn("assistant", answer)), "s"), "pixels": torch.zeros(3, 2, 2)}
+        {"sequences": [encoder().encode((QUESTION, Turn("assistant", answer)), "s")], "pixels": torch.zeros(3, 2, 2)}
         for answer in ("Yes", "No, nothing at all can be seen here")
     ]
     batch = collate([{**row, "sample_ids": ["s"]} for row in rows], pad_id=0)
-    short = len(rows[0]["encoded"].ids)
+    short = len(rows[0]["sequences"][0].ids)
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert (batch["labels"][0, short:] == IGNORED).all() and not batch["attention_mask"][0, short:].any()
     assert batch["pixel_values"].shape == (2, 3, 2, 2)
