@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -55,6 +56,23 @@ class LazyGroup(click.Group):
             return None
         module, function = VERBS[cmd_name][0].split(":")
         return getattr(importlib.import_module(module), function)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """The verb and its arguments, which are kept for the case that it fails."""
+        ctx.meta["command"] = list(args)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; where it fails, leave a note of that for the dashboard."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from medvlm.failures import record_failure
+
+            record_failure(Path(ctx.params["workspace"]), ctx.meta.get("command", ()), error)
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table of verbs without importing any of them."""

@@ -7,15 +7,19 @@ there: a step that has not run yet is an empty answer, never an error.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 
+from medvlm.append_only import read_lines
 from medvlm.curves import Curve, curves_of
+from medvlm.errors import InputError
+from medvlm.lineage import Step, data_steps, names_in, recipe_steps
 from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
 from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
@@ -61,16 +65,6 @@ class ContractResult:
         return tuple(check for check in self.checks if not check.success and not check.blocks)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the pipeline and whether its result is there."""
-
-    name: str
-    state: Literal["done", "stale", "missing"]
-    """``stale``: a step that it reads from has a newer result."""
-    report: Report | None
-
-
 class Results:
     """Reads one workspace.
 
@@ -106,6 +100,8 @@ class Results:
             workspace.leaderboard,
             workspace.leakage,
             workspace.scratch("train"),
+            workspace.scratch("failed"),
+            workspace.release("_").parent,
         ):
             for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
                 yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".parquet"))
@@ -114,40 +110,24 @@ class Results:
 
     def data_steps(self) -> list[Step]:
         """The steps that all recipes share, in the order of the pipeline."""
-        workspace = self.workspace
-        folders = {"corpus": workspace.corpus, "figures": workspace.figures}
-        folders |= {name: workspace.dataset(name) for name in ("alignment", "instruct")}
-        inputs = {"alignment": ["figures"], "instruct": ["figures"]}
-        for name in _names(workspace.benchmark("_").parent):
-            folders[name] = workspace.benchmark(name)
-        return _steps(folders, inputs)
+        return data_steps(self.workspace)
 
     def recipe_steps(self, recipe: str) -> list[Step]:
         """The steps of one recipe, from the first stage to the scores."""
-        workspace = self.workspace
-        folders = {"alignment": workspace.dataset("alignment"), "instruct": workspace.dataset("instruct")}
-        folders |= {f"stage {n}": workspace.stage(recipe, n) for n in (1, 2, 3)}
-        inputs = {"stage 1": ["alignment"], "stage 2": ["instruct", "stage 1"], "stage 3": ["stage 2"]}
-        for name in _names(workspace.benchmark("_").parent):
-            folders[f"{name} items"] = workspace.benchmark(name)
-            folders[f"answers to {name}"] = workspace.predictions(recipe, name)
-            folders[f"scores on {name}"] = workspace.scores(recipe, name)
-            inputs[f"answers to {name}"] = ["stage 3", f"{name} items"]
-            inputs[f"scores on {name}"] = [f"answers to {name}"]
-        return [step for step in _steps(folders, inputs) if step.name in inputs]
+        return recipe_steps(self.workspace, recipe)
 
     def recipes(self) -> list[str]:
         """The recipes that this workspace has a checkpoint or an answer of."""
         workspace = self.workspace
         return sorted(
-            {*_names(workspace.stage("_", 1).parent.parent), *_names(workspace.predictions("_", "_").parent.parent)}
+            {*names_in(workspace.stage("_", 1).parent.parent), *names_in(workspace.predictions("_", "_").parent.parent)}
         )
 
     def disk_use(self) -> dict[str, int]:
         """Bytes of each folder of the workspace, the largest first."""
         sizes = {
             name: sum(path.lstat().st_size for path in (self.workspace.root / name).rglob("*") if path.is_file())
-            for name in _names(self.workspace.root)
+            for name in names_in(self.workspace.root)
         }
         return dict(sorted(sizes.items(), key=lambda pair: -pair[1]))
 
@@ -157,8 +137,8 @@ class Results:
         """Every table of pictures that exists: figures, then datasets, then benchmarks."""
         workspace = self.workspace
         folders: list[tuple[str, Path]] = [("figures", workspace.figure_shards)]
-        folders += [(name, workspace.samples(name)) for name in _names(workspace.dataset("_").parent)]
-        folders += [(f"benchmark/{name}", workspace.items(name)) for name in _names(workspace.benchmark("_").parent)]
+        folders += [(name, workspace.samples(name)) for name in names_in(workspace.dataset("_").parent)]
+        folders += [(f"benchmark/{name}", workspace.items(name)) for name in names_in(workspace.benchmark("_").parent)]
         return [source for name, folder in folders if (source := open_source(name, folder))]
 
     def source(self, name: str) -> Source | None:
@@ -192,7 +172,7 @@ class Results:
 
     def contracts(self) -> list[ContractResult]:
         """Each contract's last verdict: broken ones first, then by name."""
-        results = [self._contract(name) for name in _names(self.workspace.contract("_").parent)]
+        results = [self._contract(name) for name in names_in(self.workspace.contract("_").parent)]
         return sorted((r for r in results if r), key=lambda r: (r.success, r.name))
 
     def _contract(self, name: str) -> ContractResult | None:
@@ -226,16 +206,16 @@ class Results:
 
     def curves(self) -> list[Curve]:
         """Every training run with its loss curve, by recipe, stage and target; unfinished ones too."""
-        begun = _names(self.workspace.scratch("train"))
-        recipes = sorted({*_names(self.workspace.stage("_", 1).parent.parent), *begun})
+        begun = names_in(self.workspace.scratch("train"))
+        recipes = sorted({*names_in(self.workspace.stage("_", 1).parent.parent), *begun})
         return [curve for recipe in recipes for curve in curves_of(self.workspace, recipe)]
 
     def checkpoints(self) -> dict[str, Path]:
         """Every finished checkpoint by its label, the last stage of each recipe first."""
         found: dict[str, Path] = {}
-        for recipe in _names(self.workspace.stage("_", 1).parent.parent):
+        for recipe in names_in(self.workspace.stage("_", 1).parent.parent):
             for stage in (3, 2, 1):
-                for target in _names(self.workspace.checkpoint(recipe, stage).parent):
+                for target in names_in(self.workspace.checkpoint(recipe, stage).parent):
                     folder = self.workspace.checkpoint(recipe, stage, target)
                     if (folder / "metadata.json").is_file():
                         label = f"{recipe} · stage {stage}" + ("" if target == "all" else f" · {target}")
@@ -278,6 +258,26 @@ class Results:
         files = sorted(self.workspace.scores("_", "_").parent.parent.glob("*/*/scores/scores.parquet"))
         return query(files, "SELECT * EXCLUDE (filename, file_row_number) FROM rows") if files else pd.DataFrame()
 
+    def score_history(self) -> pd.DataFrame:
+        """Scores of a recipe over time: ``recipe``, ``benchmark``, ``when``, ``metric``, ``value``.
+
+        Raises:
+            InputError: A line of a history is damaged.
+        """
+        columns = ["recipe", "benchmark", "when", "metric", "value"]
+        rows: list[tuple[str, str, str, str, float]] = []
+        for path in sorted(self.workspace.scores("_", "_").parent.parent.glob("*/*/history.jsonl")):
+            recipe, benchmark = path.parts[-3:-1]
+            for line, where in read_lines(path):
+                try:
+                    entry: dict[str, Any] = json.loads(line)
+                    rows += [(recipe, benchmark, entry["when"], *metric) for metric in entry["metrics"].items()]
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise InputError(
+                        "the line is not a score", where=where, hint="remove the file; only the change is lost"
+                    ) from error
+        return pd.DataFrame(rows, columns=columns)
+
     def wrong_answers(self, recipe: str, benchmark: str, *, offset: int = 0, limit: int = 10) -> Page:
         """Rows of ``WrongAnswer`` of a recipe's last stage, the worst first, with their images."""
         path = self.workspace.scores(recipe, benchmark) / "scores" / "wrong_answers.parquet"
@@ -302,7 +302,7 @@ class Results:
     def models(self, benchmark: str) -> list[str]:
         """The recipes that have answered a benchmark."""
         root = self.workspace.predictions("_", "_").parent.parent
-        return [name for name in _names(root) if (self.workspace.predictions(name, benchmark) / "answers").is_dir()]
+        return [name for name in names_in(root) if (self.workspace.predictions(name, benchmark) / "answers").is_dir()]
 
     # ---------------------------------------------------------------- review
 
@@ -353,26 +353,6 @@ def score_board(scores: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
     several = board.groupby("model")["stage"].transform("nunique") > 1
     board["label"] = board["model"].where(~several, board["model"] + " · " + board["stage"])
     return board.sort_values("value", ascending=False, kind="stable").reset_index(drop=True)
-
-
-def _steps(folders: Mapping[str, Path], inputs: Mapping[str, Sequence[str]]) -> list[Step]:
-    reports = {name: read_report(folder) for name, folder in folders.items()}
-
-    def state(name: str) -> Literal["done", "stale", "missing"]:
-        report = reports[name]
-        if report is None:
-            return "missing"
-        above = [reports[other] for other in inputs.get(name, ())]
-        return "stale" if any(r is not None and r.created_at > report.created_at for r in above) else "done"
-
-    return [Step(name, state(name), report) for name, report in reports.items()]
-
-
-def _names(folder: Path) -> list[str]:
-    """Sub-folders that a step made; temporary ones begin with a dot."""
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _check(check: Mapping[str, Any]) -> Check:

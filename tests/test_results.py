@@ -15,6 +15,7 @@ from PIL import Image as Picture
 
 from medvlm.data.leakage import LeakedItem
 from medvlm.errors import InputError, WorkspaceError
+from medvlm.failures import record_failure
 from medvlm.records import Image, Prediction, QuarantinedRow, Sample, Turn, VQAItem, schema_of, to_row
 from medvlm.results import Results, score_board, thumbnail
 from medvlm.store import Report, Workspace, write_json, write_records, write_report
@@ -158,6 +159,7 @@ def test_a_step_is_out_of_date_when_what_it_reads_is_newer(tmp_path: Path) -> No
         "alignment": "stale",
         "instruct": "done",
         "slake": "done",
+        "leakage": "missing",
     }
     assert results.recipes() == ["tiny"]
     assert {step.name: step.state for step in results.recipe_steps("tiny")} == {
@@ -363,3 +365,32 @@ def test_a_600_000_row_dataset_opens_in_under_two_seconds(tmp_path: Path) -> Non
     started = time.monotonic()
     assert source.page(search="number 599999.").rows[0]["sample_id"] == "s0599999"
     assert time.monotonic() - started < 5
+
+
+def test_a_step_that_failed_says_why_until_it_has_a_result(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    write_step(workspace.stage("tiny", 1), "2026-01-05T00:00:00+00:00")
+    error = WorkspaceError("the disk is full", where="/data", hint="free some space")
+    record_failure(tmp_path, ["train", "--recipe", "tiny", "--stage", "1"], error)
+    record_failure(tmp_path, ["train", "--recipe", "other", "--stage", "2"], ValueError("a bug"))
+    record_failure(tmp_path, ["fetch", "--urls", "x"], error)
+    record_failure(tmp_path, ["chat", "--checkpoint", "x"], error)  # no step
+    results = Results(tmp_path)
+    steps = {step.name: step for step in results.recipe_steps("tiny")}
+    assert {name: step.state for name, step in steps.items()} == {
+        "stage 1": "failed",
+        "stage 2": "missing",
+        "stage 3": "missing",
+    }
+    assert steps["stage 1"].failure is not None
+    assert steps["stage 1"].failure.what == "the disk is full"
+    assert (steps["stage 1"].asset, steps["stage 1"].partition) == ("stage1_checkpoint", "tiny")
+    assert next(step for step in results.data_steps() if step.name == "figures").state == "failed"
+    write_step(workspace.stage("tiny", 1), "2999-01-01T00:00:00+00:00")
+    assert results.recipe_steps("tiny")[0].state == "done"
+    assert len(list(workspace.scratch("failed").iterdir())) == 3
+
+
+def test_where_there_is_no_workspace_no_failure_makes_one(tmp_path: Path) -> None:
+    record_failure(tmp_path / "none", ["fetch"], ValueError("x"))
+    assert not (tmp_path / "none").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import altair as alt
 import pandas as pd
@@ -14,7 +15,7 @@ from dashboards.frame import count, empty, escaped, results, show, stamp, tidy
 from medvlm.evaluation.metrics import HEADLINE
 from medvlm.results import Results, Step, score_board
 
-STATES = {"done": "✓ done", "stale": "↻ an input is newer", "missing": "– not run yet"}
+STATES = {"done": "✓ fresh", "stale": "↻ stale", "missing": "– not run yet", "failed": "✗ failed"}
 DAGSTER = os.environ.get("MEDVLM_DAGSTER_URL", "http://127.0.0.1:3000")
 
 
@@ -53,12 +54,24 @@ def step_table(steps: list[Step]) -> pd.DataFrame:
             {
                 "Step": step.name,
                 "State": STATES[step.state],
-                "Finished": datetime.fromisoformat(report.created_at) if report and report.created_at else None,
+                "Finished": datetime.fromisoformat(ended) if (ended := _ended(step)) else None,
                 "Seconds": report.duration_s if report else None,
-                "What came out": ", ".join(counted[:4]),
+                "What came out": step.failure.what if step.failure else ", ".join(counted[:4]),
+                "Lineage": dagster_link(step),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _ended(step: Step) -> str:
+    """When the step's last run ended, well or not."""
+    return step.failure.when if step.failure else step.report.created_at if step.report else ""
+
+
+def dagster_link(step: Step) -> str:
+    """The asset's page in Dagster, at the step's own partition."""
+    chosen = f"?partition={quote(step.partition, safe='')}" if step.partition else ""
+    return f"{DAGSTER}/assets/{step.asset}{chosen}"
 
 
 def _table(steps: list[Step]) -> None:
@@ -72,8 +85,14 @@ def _table(steps: list[Step]) -> None:
             "Finished": st.column_config.DatetimeColumn(format="D MMM, HH:mm", width=110),
             "Seconds": st.column_config.NumberColumn(format="%.1f", width=80),
             "What came out": st.column_config.TextColumn(width="large"),
+            "Lineage": st.column_config.LinkColumn("Lineage", display_text="Dagster", width=70),
         },
     )
+    for step in steps:
+        if step.failure:
+            with st.container(border=True, gap="xxsmall"):
+                st.markdown(f":red[**✗ {escaped(step.name)} failed**]")
+                st.text(f"{step.failure.what}\nWhere: {step.failure.where}\nNext:  {step.failure.hint}".rstrip())
 
 
 def _numbers(root: str) -> None:
@@ -90,6 +109,31 @@ def _numbers(root: str) -> None:
         st.metric("Disk", count(sum(_disk(stamp(), root).values()), "B"), border=True, height="stretch")
 
 
+@st.cache_data(max_entries=4, show_spinner="Reading the scores …")
+def _history(at: str, root: str) -> pd.DataFrame:
+    del at
+    return Results(Path(root)).score_history()
+
+
+def with_change(board: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    """The board with ``change`` (points since the scores before) and ``course`` (all scores so far).
+
+    Args:
+        board: Rows of the last stage, with ``model``, ``benchmark`` and ``answer_type``.
+        history: As ``Results.score_history`` gives it.
+    """
+    courses: list[list[float]] = []
+    for row in board.itertuples():
+        mine = history[
+            (history["recipe"] == row.model)
+            & (history["benchmark"] == row.benchmark)
+            & (history["metric"] == f"{row.answer_type}.{HEADLINE[row.answer_type]}")
+        ]
+        courses.append(mine.sort_values("when", kind="stable")["value"].astype(float).to_list())
+    change = [course[-1] - course[-2] if len(course) > 1 else None for course in courses]
+    return board.assign(change=pd.array(change, dtype="Float64"), course=courses)
+
+
 def _latest_scores(root: str) -> None:
     scores = _scores(stamp(), root)
     st.subheader("Latest scores", anchor=False)
@@ -100,7 +144,8 @@ def _latest_scores(root: str) -> None:
     # Stages are written in the order of training: the last row of a model is its last stage.
     last = board.groupby(["model", "benchmark", "answer_type"], sort=True)["stage"].transform("last")
     board = board[board["stage"] == last]
-    shown = board[["model", "benchmark", "answer_type", "value", "blind_value", "gain", "n"]]
+    board = with_change(board, _history(stamp(), root))
+    shown = board[["model", "benchmark", "answer_type", "value", "change", "course", "blind_value", "gain", "n"]]
     st.dataframe(
         shown.sort_values(["model", "benchmark", "answer_type"]),
         hide_index=True,
@@ -110,6 +155,10 @@ def _latest_scores(root: str) -> None:
             "benchmark": "Benchmark",
             "answer_type": "Questions",
             "value": st.column_config.NumberColumn("Score", format="%.1f"),
+            "change": st.column_config.NumberColumn(
+                "Change", format="%+.1f", help="Points since the scores before; empty until there are two"
+            ),
+            "course": st.column_config.LineChartColumn("So far", width=80),
             "blind_value": st.column_config.NumberColumn("Blind", format="%.1f", help="Without the image"),
             "gain": st.column_config.NumberColumn("Gain", format="%+.1f", help="Points above blind"),
             "n": st.column_config.NumberColumn("Number", format="localized"),

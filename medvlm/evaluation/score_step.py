@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medvlm.append_only import append_line, read_lines
 from medvlm.data.leakage import leaked_item_ids
 from medvlm.errors import InputError
 from medvlm.evaluation.answers import Joined, join_answers
@@ -140,7 +142,18 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
         seed=0,
         fingerprint=content,
     )
-    return write_report(target, report, started=started, packages=("numpy", "sacrebleu", "rouge-score", "jieba"))
+    written = write_report(target, report, started=started, packages=("numpy", "sacrebleu", "rouge-score", "jieba"))
+    _remember(target, written)
+    return written
+
+
+def _remember(target: Path, report: Report) -> None:
+    """Add a line to ``history.jsonl``, unless the scores are those of its last line: how they change over time."""
+    path = target / "history.jsonl"
+    lines = [json.loads(line) for line, _ in read_lines(path)]
+    if not lines or lines[-1]["fingerprint"] != report.fingerprint:
+        row = {"when": report.created_at, "fingerprint": report.fingerprint, "metrics": report.metrics}
+        append_line(path, row, "the history of scores")
 
 
 def items_without_images(folder: Path) -> Iterator[VQAItem]:

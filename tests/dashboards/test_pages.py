@@ -67,7 +67,7 @@ def test_the_overview_says_where_the_pipeline_stands(built_workspace: Path, monk
     assert "instruct" in page.error[0].value
     steps = page.dataframe[0].value.set_index("Step")
     assert steps.loc["corpus", "State"] == "– not run yet"
-    assert steps.loc["figures", "State"] == "✓ done"
+    assert steps.loc["figures", "State"] == "✓ fresh"
     assert steps.loc["figures", "What came out"] == "72 rows, 40 figures"
     scores = page.dataframe[2].value
     assert len(scores) == 8
