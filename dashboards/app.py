@@ -6,6 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from dashboards.access import person, require_log_in
 from dashboards.frame import escaped, results
 
 # Not "pages": Streamlit runs the files of a folder of that name by themselves, without this frame,
@@ -13,6 +14,7 @@ from dashboards.frame import escaped, results
 VIEWS = Path(__file__).parent / "views"
 
 st.set_page_config(page_title="medvlm", layout="wide", initial_sidebar_state=220)
+require_log_in()
 chosen = st.navigation(
     [
         st.Page(VIEWS / "overview.py", title="Overview", default=True),
@@ -27,4 +29,9 @@ with st.sidebar:
     workspace = results().workspace.root.resolve()
     st.caption("Workspace")
     st.text(workspace.name, help=escaped(str(workspace)))
+    who = person()
+    if who.logged_in:
+        st.caption("Reviewer" if who.may_write else "Viewer")
+        st.text(who.name)
+        st.button("Log out", on_click=st.logout)
 chosen.run()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import streamlit as st
 
+from dashboards.access import require_log_in
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.errors import InputError, MedVLMError
 from medvlm.results import Page, Results, Source, thumbnail
@@ -33,6 +34,7 @@ __all__ = [
     "turns_of",
     "web_link",
     "without_mark",
+    "zoomable",
 ]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:$&])")
@@ -50,6 +52,7 @@ def stamp() -> str:
 
 def show(title: str, about: str, body: Callable[[], None]) -> None:
     """Draw a page: heading, notice, then ``body``; a deliberate error becomes a readable message."""
+    require_log_in()
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.title(title, anchor=False, width="content")
         st.badge(RESEARCH_USE_ONLY, color="orange")
@@ -105,8 +108,25 @@ def picture(data: bytes, *, max_px: int = 448, alt: str = "", width: int | Liter
 
 
 @st.cache_data(max_entries=512, show_spinner=False)
-def _thumbnail(data: bytes, max_px: int) -> bytes:
-    return thumbnail(data, max_px=max_px)
+def _thumbnail(data: bytes, max_px: int, zoom: float = 1.0, centre: tuple[float, float] = (0.5, 0.5)) -> bytes:
+    return thumbnail(data, max_px=max_px, zoom=zoom, centre=centre)
+
+
+def zoomable(data: bytes, *, key: str, max_px: int = 1024, alt: str = "") -> None:
+    """Foreign image bytes with a zoom: the part that is shown is cut out of the picture at its full size."""
+    place = st.container()
+    zoom = st.select_slider("Zoom", (1, 2, 3, 4, 6, 8), key=f"zoom-{key}", format_func=lambda x: f"{x} x")
+    centre = (0.5, 0.5)
+    if zoom > 1:
+        left, right = st.columns(2)
+        across = left.slider("Left to right", 0, 100, 50, 5, key=f"across-{key}", format="%d %%")
+        down = right.slider("Top to bottom", 0, 100, 50, 5, key=f"down-{key}", format="%d %%")
+        centre = (across / 100, down / 100)
+    with place:
+        try:
+            st.image(_thumbnail(data, max_px, float(zoom), centre), width="stretch", alt=alt or None)
+        except InputError as error:
+            st.warning(escaped(error.what))
 
 
 @st.cache_data(max_entries=64, show_spinner="Reading rows …")

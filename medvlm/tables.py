@@ -224,8 +224,14 @@ def _rows_at(places: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
     return [found[place] for place in places]
 
 
-def thumbnail(data: bytes, *, max_px: int = 448) -> bytes:
+def thumbnail(data: bytes, *, max_px: int = 448, zoom: float = 1.0, centre: tuple[float, float] = (0.5, 0.5)) -> bytes:
     """A foreign image as a JPEG that fits a square of ``max_px``.
+
+    Args:
+        data: Encoded.
+        max_px: Longest side of the result.
+        zoom: 2 shows half the width and half the height.
+        centre: Of the part that is shown, as shares of width and height; moved in where it lies at an edge.
 
     Raises:
         InputError: The bytes are no image, are truncated, or hold too many pixels.
@@ -234,6 +240,15 @@ def thumbnail(data: bytes, *, max_px: int = 448) -> bytes:
     if picture.mode.startswith("I"):
         # 16-bit greys are scaled to 8 bits; a plain conversion would cut everything above 255 off.
         picture = picture.point(lambda value: value / 256).convert("L")
+    if zoom > 1:
+        width, height = max(1, round(picture.width / zoom)), max(1, round(picture.height / zoom))
+        left = min(max(0, round(centre[0] * picture.width - width / 2)), picture.width - width)
+        top = min(max(0, round(centre[1] * picture.height - height / 2)), picture.height - height)
+        picture = picture.crop((left, top, left + width, top + height))
+        # So that pixels can be seen as they are, a small part is drawn larger.
+        scale = max_px / max(width, height)
+        if scale > 1:
+            picture = picture.convert("RGB").resize((max(1, round(width * scale)), max(1, round(height * scale))))
     picture = picture.convert("RGB")
     picture.thumbnail((max_px, max_px))
     out = io.BytesIO()

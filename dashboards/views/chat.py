@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from dashboards.frame import empty, escaped, foreign_text, picture, results, show, stamp
+from dashboards.access import allowed_to_write, person
+from dashboards.frame import empty, escaped, foreign_text, results, show, stamp, zoomable
 from medvlm.errors import InputError, MedVLMError
 from medvlm.records import Turn
 from medvlm.results import Results
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from medvlm.serving.chat import ChatModel, Sampling
 
 NONE = "none"
-KINDS = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"]
+KINDS = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "dcm", "dicom"]
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Conversation:
     """For each question one answer a model; shorter while an answer is being made."""
     judged: dict[int, str] = field(default_factory=dict)
     """Question number → what was said about its answers."""
+    other: dict[int, str] = field(default_factory=dict)
+    """Question number → a second answer of the only model, drawn to be compared with the first."""
 
     def turns(self, model: int) -> list[Turn]:
         """The conversation as one model has seen it, up to the open question."""
@@ -73,9 +76,7 @@ def _image() -> tuple[bytes, str] | None:
         "Image", ["From the workspace", "Upload"], default="From the workspace", required=True, key="origin"
     )
     if origin == "Upload":
-        file = st.file_uploader("An image, without patient names on it", type=KINDS, key="upload")
-        # It stays in memory: nothing that was uploaded is ever written to the disk by its own name.
-        return (file.getvalue(), file.name) if file else None
+        return _uploaded()
     reader = results()
     names = [source.name for source in reader.sources() if source.kind in ("items", "figures")]
     if not names:
@@ -86,6 +87,32 @@ def _image() -> tuple[bytes, str] | None:
     source = reader.source(name)
     row = source.by_id([example]).get(example) if source and example else None
     return (row["image"]["bytes"], str(row["image"]["path"])) if row else None
+
+
+def _uploaded() -> tuple[bytes, str] | None:
+    """An uploaded image, held in memory only; of a DICOM file nothing but the picture."""
+    from medvlm.serving.uploads import MAX_UPLOAD_BYTES, open_upload
+
+    file = st.file_uploader(
+        "An image, without patient names on it",
+        type=KINDS,
+        key="upload",
+        max_upload_size=MAX_UPLOAD_BYTES // 2**20,
+        help="Of a DICOM file only the pixels are kept; every other tag is dropped.",
+    )
+    if file is None:
+        return None
+    opened: tuple[str, bytes] | None = st.session_state.get("opened-upload")
+    if opened is None or opened[0] != file.file_id:
+        try:
+            with st.spinner("Reading the image …"):
+                opened = (file.file_id, open_upload(file.getvalue(), "the upload"))
+        except InputError as error:
+            st.warning(escaped(f"{error.what}. Next: {error.hint}."))
+            return None
+        st.session_state["opened-upload"] = opened
+    # A file's own name may hold a patient's; it goes no further than the browser.
+    return opened[1], "upload"
 
 
 def _sampling() -> Sampling:
@@ -131,10 +158,33 @@ def _answer(
         line.empty()
 
 
+def _draw_other(talk: Conversation, number: int, sampling: Sampling, place: st.delta_generator.DeltaGenerator) -> None:
+    """A second answer of the same model by chance: somebody liked the first, and a pair needs two."""
+    from medvlm.serving.chat import Sampling
+
+    drawn = Sampling(max(0.8, sampling.temperature), 0.95, sampling.max_new_tokens, sampling.seed + 1)
+    before = Conversation(talk.image, talk.name, talk.models, talk.questions[:number], talk.answers[:number])
+    turns = [*before.turns(0), Turn("user", talk.questions[number])]
+    with place, st.spinner("Another answer, to compare …"):
+        stream = loaded(talk.models[0]).stream(talk.image, turns, drawn, stop=threading.Event())
+    line = place.empty()
+    try:
+        for piece in stream:
+            talk.other[number] += piece
+            line.text(talk.other[number])
+    finally:
+        stream.close()
+
+
+def _like(talk: Conversation, number: int) -> None:
+    talk.other[number] = ""
+
+
 def _prefer(talk: Conversation, number: int, chosen: str, rejected: str, said: str) -> None:
     from medvlm.serving.chat import preference_pair
 
     try:
+        allowed_to_write()
         pair = preference_pair(talk.image, talk.name, talk.questions[number], chosen, rejected)
         save_preference(results().workspace, pair)
     except MedVLMError as error:
@@ -149,26 +199,50 @@ def _correct(talk: Conversation, number: int, rejected: str) -> None:
     _prefer(talk, number, better, rejected, "You wrote a better answer; it was saved.")
 
 
-def _judge(talk: Conversation, number: int) -> None:
+def _judge(talk: Conversation, number: int, sampling: Sampling) -> None:
     """Which answer is better, or a better one still."""
     given = talk.answers[number]
     if number in talk.judged:
         st.caption(talk.judged[number])
         return
+    if not person().may_write:
+        return
+    if number in talk.other:
+        with st.container(gap="xxsmall"):
+            st.caption("The same model, another time")
+            if not talk.other[number]:
+                _draw_other(talk, number, sampling, st.container())
+                st.rerun()
+            foreign_text(talk.other[number])
+    pairs = _pairs(talk, number)
     with st.container(horizontal=True):
-        if len(given) == 2 and given[0].strip() != given[1].strip():
-            for mine, other in ((0, 1), (1, 0)):
-                st.button(
-                    f"{'Left' if mine == 0 else 'Right'} is better",
-                    key=f"thumb-{number}-{mine}",
-                    on_click=_prefer,
-                    args=(talk, number, given[mine], given[other], f"You preferred: {escaped(talk.models[mine])}"),
-                )
-        with st.popover("Write a better answer"):
+        for key, (label, chosen, rejected, said) in pairs.items():
+            arguments = (talk, number, chosen, rejected, said)
+            st.button(label, key=f"thumb-{number}-{key}", on_click=_prefer, args=arguments)
+        if len(given) == 1 and number not in talk.other:
+            st.button("👍", key=f"like-{number}", on_click=_like, args=(talk, number), help="Compare it with another")
+        with st.popover("👎" if len(given) == 1 else "Write a better answer", help="Write a better answer"):
             st.text_area("Better answer", key=f"better-{number}")
             for model, text in enumerate(given):
                 label = "Save" if len(given) == 1 else f"Save as better than {'left' if model == 0 else 'right'}"
                 st.button(label, key=f"save-{number}-{model}", on_click=_correct, args=(talk, number, text))
+
+
+def _pairs(talk: Conversation, number: int) -> dict[str, tuple[str, str, str, str]]:
+    """Key → label, better answer, worse answer, and what is said of it."""
+    given = talk.answers[number]
+    if len(given) == 2:
+        first, second, names = given[0], given[1], ("Left is better", "Right is better")
+        said = [f"You preferred: {escaped(model)}" for model in talk.models]
+    elif talk.other.get(number):
+        first, second, names = given[0], talk.other[number], ("👍 The first is better", "👍 The second is better")
+        said = ["You preferred the first answer.", "You preferred the second answer."]
+    else:
+        return {}
+    if first.strip() == second.strip():
+        st.caption("Both say the same.")
+        return {}
+    return {"0": (names[0], first, second, said[0]), "1": (names[1], second, first, said[1])}
 
 
 def _history(talk: Conversation, sampling: Sampling) -> None:
@@ -189,7 +263,7 @@ def _history(talk: Conversation, sampling: Sampling) -> None:
             for column, text in zip(columns, talk.answers[number], strict=True):
                 with column:
                     foreign_text(text or "(nothing)")
-            _judge(talk, number)
+            _judge(talk, number, sampling)
 
 
 def _stopped(talk: Conversation, number: int) -> None:
@@ -216,7 +290,8 @@ def body() -> None:
             st.info("Choose or upload an image to begin.")
             return
         talk = _conversation(image, (first,) if second == NONE else (first, second))
-        picture(talk.image, max_px=640, alt=talk.name, width=360)
+        with st.container(width=420):
+            zoomable(talk.image, key="chat", max_px=640, alt=talk.name)
         said = st.container()
         question = st.chat_input("Ask about this image", max_chars=4000)
         if question:

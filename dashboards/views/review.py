@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from dashboards.access import allowed_to_write, person
 from dashboards.frame import (
     empty,
     escaped,
     foreign_text,
-    picture,
     results,
     show,
     stamp,
@@ -22,6 +22,7 @@ from dashboards.frame import (
     turns_of,
     web_link,
     without_mark,
+    zoomable,
 )
 from medvlm.errors import InputError, MedVLMError
 from medvlm.results import Results, Source
@@ -72,7 +73,11 @@ def _record(at: str, root: str, source: str, record_id: str) -> dict[str, Any] |
 
 
 def reviewer() -> str:
-    """Who decides: the name that was typed in, kept for the session."""
+    """Who decides: whoever is logged in, else the name that was typed in, kept for the session."""
+    who = person()
+    if who.logged_in:
+        st.text_input("Your name", who.name, disabled=True, key="reviewer-logged-in")
+        return who.name if who.may_write else ""
     return st.text_input(
         "Your name", key="reviewer", placeholder="signs every decision", persist_state="session"
     ).strip()
@@ -95,6 +100,7 @@ def decide(who: str, source: str, record_id: str, action: Action, before: Sequen
     words = ": ".join(part for part in (reason, note) if part)
     after: tuple[str, ...] = ()
     try:
+        allowed_to_write()
         if action == "edit":
             after = tuple(str(st.session_state[f"edit-{record_id}-{n}"]) for n in range(len(before)))
             _check_marks(before, after)
@@ -120,6 +126,7 @@ def _check_marks(before: Sequence[str], after: Sequence[str]) -> None:
 def undo(who: str) -> None:
     """Take the reviewer's last decision back and show its record again."""
     try:
+        allowed_to_write()
         last = results().journal.undo(who)
     except MedVLMError as error:
         st.session_state["refused"] = error
@@ -199,7 +206,8 @@ def body() -> None:
         if refused:
             st.error(f"**{escaped(refused.what)}** Next: {escaped(refused.hint)}.")
         if not who:
-            st.info("Enter your name to begin: it signs every decision.")
+            looks = person().logged_in
+            st.info("You may look, not decide." if looks else "Enter your name to begin: it signs every decision.")
     focus = st.session_state.get("focus")
     waiting = (record for record in queue if record not in mine and record not in skipped)
     record_id = focus if focus in queue and focus not in mine else next(waiting, None)
@@ -228,7 +236,7 @@ def _show_record(who: str, source: Source, record_id: str, row: dict[str, Any]) 
             _buttons(who, source, record_id, before)
     image, words = st.columns([5, 6], gap="large")
     with image:
-        picture(row["image"]["bytes"], max_px=1024, alt=record_id)
+        zoomable(row["image"]["bytes"], key=record_id, alt=record_id)
     with words:
         _facts(row, record_id)
         if editing:
