@@ -394,3 +394,20 @@ def test_a_step_that_failed_says_why_until_it_has_a_result(tmp_path: Path) -> No
 def test_where_there_is_no_workspace_no_failure_makes_one(tmp_path: Path) -> None:
     record_failure(tmp_path / "none", ["fetch"], ValueError("x"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_zoomed_thumbnail_shows_the_part_that_was_asked_for() -> None:
+    picture = Picture.new("L", (400, 200), 0)
+    picture.paste(255, (300, 100, 400, 200))  # the lower right corner is white
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+
+    def mean(**where: object) -> float:
+        shown = Picture.open(io.BytesIO(thumbnail(out.getvalue(), max_px=64, **where))).convert("L")
+        assert max(shown.size) == 64
+        return float(np.asarray(shown).mean())
+
+    assert mean(zoom=4, centre=(1.0, 1.0)) > 250
+    assert mean(zoom=4, centre=(0.0, 0.0)) < 5
+    assert mean(zoom=1) == pytest.approx(255 / 8, abs=3)
+    assert mean(zoom=500, centre=(0.99, 0.99)) > 250  # never less than a pixel

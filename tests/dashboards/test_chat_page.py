@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from dicom_factory import dicom
 from streamlit.testing.v1 import AppTest
 from test_pages import open_page
 from workspace_builder import HOSTILE
@@ -15,6 +16,7 @@ from workspace_builder import HOSTILE
 from medvlm.errors import InputError
 from medvlm.records import Turn
 from medvlm.review import saved_preferences
+from medvlm.serving.chat import Sampling
 from medvlm.store import Workspace, write_json
 
 
@@ -106,3 +108,67 @@ def test_an_upload_that_is_no_image_is_said(chat: Callable[..., AppTest]) -> Non
     page.file_uploader[0].set_value(("scan.png", b"<svg onload=alert(1)>", "image/png")).run()
     assert not page.exception
     assert "does not decode" in page.warning[0].value
+
+
+def test_a_liked_answer_is_compared_with_another_of_the_same_model(
+    chat: Callable[..., AppTest], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Sampling] = []
+
+    def drawn(self: Parrot, image: bytes, turns: Sequence[Turn], sampling: Sampling, **_: object) -> Iterator[str]:
+        calls.append(sampling)
+        yield from (f"answer {len(calls)} ", f"to {len(turns)} turns")
+
+    monkeypatch.setattr(Parrot, "stream", drawn)
+    page = chat()
+    ask(page, "What?")
+    page.button(key="like-0").click().run()
+    assert [text.value for text in page.text] == ["What?", "answer 1 to 1 turns", "answer 2 to 1 turns"]
+    assert calls[0].temperature == 0 < calls[1].temperature
+    page.button(key="thumb-0-0").click().run()
+    (pair,) = saved_preferences(workspace)
+    assert (pair.chosen, pair.rejected) == ("answer 1 to 1 turns", "answer 2 to 1 turns")
+    assert "You preferred the first answer." in [caption.value for caption in page.caption]
+    # The second draw was for the comparison only; the conversation goes on with the first.
+    ask(page, "Where?")
+    assert page.text[-1].value == "answer 3 to 3 turns"
+
+
+def test_a_dicom_upload_loses_its_patient_before_anything_else(
+    chat: Callable[..., AppTest], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    def looked(self: Parrot, image: bytes, *_: object, **__: object) -> Iterator[str]:
+        seen.append(image)
+        yield "A slice."
+
+    monkeypatch.setattr(Parrot, "stream", looked)
+    page = chat(origin="Upload")
+    page.file_uploader[0].set_value(("Doe_Jane_1970.dcm", dicom(), "application/dicom")).run()
+    ask(page, "What?")
+    page.text_area(key="better-0").set_value("A phantom.")
+    page.button(key="save-0-0").click().run()
+    (pair,) = saved_preferences(workspace)
+    assert seen[0] == pair.image.bytes
+    assert pair.image.bytes.startswith(b"\x89PNG")
+    kept = b"".join(path.read_bytes() for path in workspace.review.rglob("*") if path.is_file())
+    for secret in (b"Doe", b"Jane", b"12345"):
+        assert secret not in pair.image.bytes + pair.image.path.encode() + kept
+
+
+def test_an_upload_with_burned_in_text_is_refused(chat: Callable[..., AppTest]) -> None:
+    page = chat(origin="Upload")
+    data = dicom(BurnedInAnnotation="YES")
+    page.file_uploader[0].set_value(("a.dcm", data, "application/dicom")).run()
+    assert "burned into its pixels" in page.warning[0].value
+    assert "Choose or upload" in page.info[0].value
+
+
+def test_zooming_keeps_the_conversation(chat: Callable[..., AppTest]) -> None:
+    page = chat()
+    ask(page, "What?")
+    page.select_slider(key="zoom-chat").set_value(4).run()
+    page.slider(key="across-chat").set_value(100).run()
+    assert not page.exception
+    assert page.text[0].value == "What?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -12,12 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import openai
-import pydicom
 import pytest
 from click.testing import CliRunner, Result
-from pydicom.dataset import Dataset, FileMetaDataset
+from dicom_factory import dicom
 from test_chat import png
 
 from medvlm.cli import cli
@@ -35,24 +32,6 @@ def run(*arguments: str, given: str = "") -> Result:
 def image(tmp_path: Path) -> str:
     (tmp_path / "scan.png").write_bytes(png())
     return str(tmp_path / "scan.png")
-
-
-def dicom(**tags: object) -> bytes:
-    """A 12-bit slice with a patient on it."""
-    dataset = Dataset()
-    dataset.PatientName, dataset.PatientID = "Doe^Jane", "12345"
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 24, 32, 1
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
-    dataset.PhotometricInterpretation, dataset.Modality = "MONOCHROME2", "CT"
-    dataset.PixelData = (np.arange(24 * 32, dtype=np.uint16) % 4096).tobytes()
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
-    out = io.BytesIO()
-    pydicom.dcmwrite(out, dataset, enforce_file_format=True, implicit_vr=False, little_endian=True)
-    return out.getvalue()
 
 
 def test_one_question_is_answered_on_standard_output(folder: Path, image: str) -> None:
