@@ -145,6 +145,10 @@ class Workspace:
         """Step folder of one training stage (1, 2 or 3) of a recipe."""
         return self.root / "checkpoints" / recipe / f"stage{stage}"
 
+    def logs(self, recipe: str, stage: int, target: str = "all") -> Path:
+        """Folder of TensorBoard's event files of one training job; no step reads them."""
+        return self.root / "logs" / recipe / f"stage{stage}" / target
+
     def scratch(self, *parts: str) -> Path:
         """Folder for what a killed run resumes from. Not a result; safe to delete when nothing runs."""
         return self.root.joinpath("scratch", *parts)

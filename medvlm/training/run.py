@@ -56,6 +56,11 @@ class _Job:
         return self.workspace.checkpoint(self.recipe.name, self.number, self.target)
 
     @property
+    def logs(self) -> Path:
+        # A folder a fingerprint: another recipe or other data is another curve, a resumed run the same one.
+        return self.workspace.logs(self.recipe.name, self.number, self.target) / self.fingerprint[:12]
+
+    @property
     def scratch(self) -> Scratch:
         folder = self.workspace.scratch("train", self.recipe.name, f"stage{self.number}", self.target)
         return Scratch(folder, self.fingerprint, self.engine.processes)
@@ -267,6 +272,7 @@ def _fit(
 
     quiet_libraries()
     from medvlm.training.collate import collate
+    from medvlm.training.tracking import tracked
     from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
 
     scratch = job.scratch
@@ -283,7 +289,8 @@ def _fit(
     progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
     checkpoints = job.recipe.checkpoints
     pad_id: Any = start.tokenizer.pad_token_id
-    with StopCallback() as stop:
+    first_step = latest[0] if latest else 0
+    with StopCallback() as stop, tracked(job.logs, first_step=first_step, rank=job.engine.rank) as trackers:
         trainer = StageTrainer(
             job.recipe,
             job.stage,
@@ -297,7 +304,7 @@ def _fit(
                 packing=job.stage.speed.packing,
                 varlen=job.engine.attention == "flash_attention_2",
             ),
-            callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s)],
+            callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s), *trackers],
         )
         try:
             trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
@@ -348,6 +355,7 @@ def _arguments(job: _Job, scratch: Scratch, steps: int) -> Any:
         logging_steps=max(1, steps // _CURVE_POINTS),
         logging_first_step=True,
         logging_nan_inf_filter=False,
+        run_name=f"{job.recipe.name} stage {job.number}" + (f" {job.target}" if job.target != "all" else ""),
         save_strategy="steps",
         save_steps=max(1, math.ceil(steps * job.recipe.checkpoints.every)),
         report_to=[],
