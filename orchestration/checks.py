@@ -31,16 +31,16 @@ def _contract_check(asset: dg.AssetsDefinition, contract: str) -> dg.AssetChecks
         description=f"The Great Expectations suite `{contract}`: python -m data_contracts {contract}",
     )
     def check(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
-        passed, failure, table = _contract_result(context, project, contract, contract)
-        return dg.AssetCheckResult(passed=passed, description=failure[-2000:], metadata={"checks": table})
+        passed, failure, metadata = _contract_result(context, project, contract, contract)
+        return dg.AssetCheckResult(passed=passed, description=failure[-2000:], metadata=metadata)
 
     return check
 
 
 def _contract_result(
     context: dg.AssetCheckExecutionContext, project: DvcProject, item: str, contract: str
-) -> tuple[bool, str, dg.MarkdownMetadataValue]:
-    """Run a contract: whether it holds, the failure's words, and its checks as a table.
+) -> tuple[bool, str, dict[str, dg.MetadataValue]]:
+    """Run a contract: whether it holds, the failure's words, and its checks and Data Docs as metadata.
 
     Raises:
         dagster.Failure: The contract itself could not be checked.
@@ -59,8 +59,12 @@ def _contract_result(
         ("✓" if c["success"] else "✗", c["name"], c.get("observed"), c.get("expected"), c.get("broken_rows"))
         for c in result["checks"]
     ]
-    table = markdown_table(("", "check", "observed", "expected", f"broken rows of {result['rows']}"), rows)
-    return bool(result["success"]) and not failure, failure, table
+    metadata: dict[str, dg.MetadataValue] = {
+        "checks": markdown_table(("", "check", "observed", "expected", f"broken rows of {result['rows']}"), rows)
+    }
+    if result.get("docs"):
+        metadata["data docs"] = dg.MetadataValue.path(path.parent / result["docs"])
+    return bool(result["success"]) and not failure, failure, metadata
 
 
 @dg.asset_check(
@@ -77,7 +81,7 @@ def preference_contract(context: dg.AssetCheckExecutionContext, project: DvcProj
     return dg.AssetCheckResult(
         passed=all(passed for passed, _, _ in results.values()),
         description="\n".join(failure for _, failure, _ in results.values())[-2000:] or None,
-        metadata={f"checks {name}": table for name, (_, _, table) in results.items()},
+        metadata={f"{key} {name}": value for name, (_, _, made) in results.items() for key, value in made.items()},
     )
 
 

@@ -62,6 +62,7 @@ class DvcProject(dg.ConfigurableResource):
         Raises:
             dagster.Failure: The stage failed; the message ends with the command's own last words.
         """
+        self.workspace.ensure()
         before = self._locked(stage)
         # DVC holds its lock for its own bookkeeping only, not while the stage's command runs.
         self.run(context, ["python", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage], watch=watch)

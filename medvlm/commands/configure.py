@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from medvlm.cli import print_json
+from medvlm.store import Workspace
 
 
 @click.command()
@@ -64,6 +65,8 @@ def configure(
     values["recipes"] = list(dict.fromkeys([*(() if sample and recipes else values["recipes"]), *recipes]))
     settings = with_items(Settings.model_validate(values))
     write_settings(path, settings)
+    # With the files that reviews go into, which DVC wants to see before there is a review.
+    Workspace(path.parent / settings.workspace).ensure()
     if as_json:
         print_json(settings.model_dump())
     else:
