@@ -28,6 +28,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("medvlm.commands.plan:plan", "Reckon memory, hours and cost of a recipe on given hardware."),
     "train": ("medvlm.commands.train:train", "Train one stage of a recipe as a DeepSpeed job."),
     "delta": ("medvlm.commands.delta:delta", "Add published delta weights to their base model, or make them."),
+    "import-checkpoint": (
+        "medvlm.commands.import_checkpoint:import_checkpoint",
+        "Read a checkpoint of the original LLaVA layout, every tensor accounted for.",
+    ),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),

@@ -135,31 +135,31 @@ def model_config(
     )
 
 
-def decoder_config(recipe: Recipe, vocab_size: int, marks: Mapping[str, int | None]) -> PretrainedConfig:
+def decoder_config(recipe: Recipe, vocab_size: int, settings: Mapping[str, Any]) -> PretrainedConfig:
     """The transformers configuration of a recipe's language model.
 
     Args:
         recipe: Gives the sizes.
         vocab_size: Rows of the embedding.
-        marks: ``pad_token_id``, ``bos_token_id`` and ``eos_token_id``, where they are known.
+        settings: What else is known: ``pad_token_id`` and the like, or a published model's rope and norms.
     """
     from transformers import CONFIG_MAPPING
 
     spec = recipe.model.language_model
     make_config: Any = CONFIG_MAPPING[spec.architecture]
-    return make_config(
-        vocab_size=vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.mlp_size,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        max_position_embeddings=spec.max_positions,
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.mlp_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "max_position_embeddings": spec.max_positions,
         # Keeps what a layer puts out as large as what it reads, at any width.
-        initializer_range=1 / math.sqrt(spec.hidden_size),
-        tie_word_embeddings=spec.tied_embeddings,
-        **marks,
-    )
+        "initializer_range": 1 / math.sqrt(spec.hidden_size),
+        "tie_word_embeddings": spec.tied_embeddings,
+    }
+    return make_config(**{**sizes, **settings})
 
 
 def _published_tower(recipe: Recipe, attention: str) -> Any:

@@ -28,6 +28,12 @@ FULL_SIZE = {
     "llava-med-v15": Published(
         7_241_732_096, None, "mistralai/Mistral-7B-Instruct-v0.2, safetensors header (7.24B)", tower=303_507_456
     ),
+    "qilin-med-vl": Published(
+        13_015_864_320,
+        None,
+        "Llama 2 13B (paper: 13B), safetensors header of Llama2-Chinese-13b-Chat",
+        tower=303_507_456,
+    ),
     # Its tower is published with a classifier of 1,281,000 more: 4.7 M in all (EfficientNet-Lite's README).
     "smol-llava-med": Published(134_515_008, None, "SmolLM2-135M-Instruct's model card: 134,515,008", tower=3_371_008),
 }
