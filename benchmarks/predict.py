@@ -77,7 +77,7 @@ def main() -> None:
 def make_model(folder: Path) -> None:
     """Write a checkpoint of the size of smol-llava-med."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
     from medvlm.config import load_recipe
     from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
@@ -91,8 +91,13 @@ def make_model(folder: Path) -> None:
     source = next(Path(package.origin).parent.glob("*.gguf"))
     decoder = folder.with_name(f"{folder.name}-decoder")
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(decoder)
-    language_model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    language_model.save_pretrained(decoder)
+    unpacked: Any = AutoModelForCausalLM.from_pretrained(
+        source.parent, dtype=torch.float32, quantization_config=GgufConfig(gguf_file=source.name, dequantize=True)
+    )
+    config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
+    plain = LlamaForCausalLM(config)  # what was read from a GGUF file refuses to be saved
+    plain.load_state_dict(unpacked.state_dict())
+    plain.save_pretrained(decoder)
     sizes = SIZES | {"model.language_model.weights": str(decoder), "model.tokenizer.source": str(decoder)}
     recipe = load_recipe("llava-med", [f"{key}={value}" for key, value in sizes.items()])
     tokenizer = load_tokenizer(decoder, special_marks(recipe))

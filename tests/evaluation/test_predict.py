@@ -2,80 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image as PillowImage
+from checkpoint_factory import RECIPE, pictured_item, tiny_checkpoint
 
-from medvlm.config import load_recipe
 from medvlm.errors import CheckpointError, InputError
 from medvlm.evaluation.answerer import Answerer, mean_image
 from medvlm.evaluation.predict import predict_benchmark
-from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
-from medvlm.models.tokenizer import train_tokenizer
-from medvlm.models.vision import ImageProcessor
-from medvlm.records import Image, Prediction, VQAItem
+from medvlm.models.checkpoint import Checkpoint, save_checkpoint
+from medvlm.records import Prediction, VQAItem
 from medvlm.store import Workspace, read_records, write_records
-
-RECIPE = load_recipe("tiny-llava-med")
-
-
-def item(index: int, split: Any = "test", data: bytes | None = None) -> VQAItem:
-    colour = PillowImage.new("RGB", (40, 40), (60 * (index // 3) % 255, 90, 200 - 40 * (index // 3)))
-    stream = io.BytesIO()
-    colour.save(stream, "PNG")
-    image = stream.getvalue() if data is None else data
-    return VQAItem(
-        item_id=f"q{index}",
-        benchmark="vqa-rad",
-        split=split,
-        image=Image(image, f"{index}.png"),
-        image_id=f"i{index // 3}",
-        image_sha256=hashlib.sha256(image).hexdigest(),
-        image_phash="0" * 16,
-        question="What is shown" + " in this very picture" * (index % 3) + "?",
-        answer="yes",
-        answer_type="closed",
-        answer_type_derived=False,
-        question_type="PRES",
-        modality="CT",
-        organ="CHEST",
-        language="en",
-    )
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    tokenizer = train_tokenizer(RECIPE, ["What is shown in this very picture?", "A lesion", "Yes"] * 3)
-    model = build_model(RECIPE, tokenizer)
-    processor = ImageProcessor.of(RECIPE.model.vision_tower)
-    return Checkpoint(model, tokenizer, processor, RECIPE, {"fingerprint": "f"})
+    return tiny_checkpoint()
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, checkpoint: Checkpoint) -> Workspace:
     workspace = Workspace(tmp_path)
     save_checkpoint(workspace.checkpoint(RECIPE.name, 3, "vqa-rad"), checkpoint)
-    items = [*(item(i, "train") for i in range(6)), *(item(i + 100) for i in range(9))]
+    items = [*(pictured_item(i, "train") for i in range(6)), *(pictured_item(i + 100) for i in range(9))]
     write_records(workspace.items("vqa-rad"), VQAItem, items)
     return workspace
-
-
-def test_the_same_answers_at_any_batch_size(checkpoint: Checkpoint) -> None:
-    items = [item(i) for i in range(9)]
-    answers: dict[int, dict[str, str]] = {}
-    for size in (1, 4, 64):
-        subject = Answerer(checkpoint, "finetune", batch_size=size)
-        predictions = [p for batch in subject.batches(items) for p in subject.answer(batch)]
-        answers[size] = {p.item_id: p.text for p in predictions}
-    assert answers[1] == answers[4] == answers[64]
-    assert set(answers[1]) == {f"q{i}" for i in range(9)}
-    # A random model says something, and not the same of everything: else the comparison would be empty.
-    assert len(set(answers[1].values())) > 1
 
 
 def test_each_image_is_encoded_once(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,15 +43,15 @@ def test_each_image_is_encoded_once(checkpoint: Checkpoint, monkeypatch: pytest.
 
     monkeypatch.setattr(type(model), "get_image_features", count)
     subject = Answerer(checkpoint, "finetune", batch_size=2)
-    for batch in subject.batches([item(i) for i in range(9)]):
+    for batch in subject.batches([pictured_item(i) for i in range(9)]):
         subject.answer(batch)
     assert sum(encoded) == 3
 
 
 def test_blind_answers_do_not_depend_on_the_image(checkpoint: Checkpoint) -> None:
-    mean = mean_image(checkpoint, [item(0).image.bytes, item(3).image.bytes])
+    mean = mean_image(checkpoint, [pictured_item(0).image.bytes, pictured_item(3).image.bytes])
     subject = Answerer(checkpoint, "finetune", mean=mean)
-    same_question = [item(i) for i in (0, 3, 6)]
+    same_question = [pictured_item(i) for i in (0, 3, 6)]
     blind = subject.answer(same_question, blind=True)
     assert len({answer.text for answer in blind}) == 1 and all(answer.blind for answer in blind)
     assert len({answer.text for answer in subject.answer(same_question)}) > 1
@@ -136,7 +90,44 @@ def test_a_stopped_run_goes_on(workspace: Workspace, monkeypatch: pytest.MonkeyP
 def test_a_missing_checkpoint_and_a_broken_image_are_named(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         predict_benchmark(workspace, RECIPE, "vqa-rad", stages=[2])
-    write_records(workspace.items("vqa-rad"), VQAItem, [item(0, "train"), item(7, data=b"nonsense")])
+    write_records(workspace.items("vqa-rad"), VQAItem, [pictured_item(0, "train"), pictured_item(7, data=b"nonsense")])
     with pytest.raises(InputError) as caught:
         predict_benchmark(workspace, RECIPE, "vqa-rad")
     assert "q7" in caught.value.where
+
+
+def test_answers_of_several_stages_lie_side_by_side(workspace: Workspace, checkpoint: Checkpoint) -> None:
+    save_checkpoint(workspace.checkpoint(RECIPE.name, 2), checkpoint)
+    report = predict_benchmark(workspace, RECIPE, "vqa-rad", stages=(3, 2))
+    answers = read_records(workspace.predictions(RECIPE.name, "vqa-rad") / "answers", Prediction)
+    assert [a.stage for a in answers] == ["instruct"] * 18 + ["finetune"] * 18
+    assert set(report.details["checkpoints"]) == {"instruct", "finetune"}
+
+
+def test_a_benchmark_that_stage_3_did_not_learn_is_answered_by_its_first_model(workspace: Workspace) -> None:
+    items = [dataclasses.replace(pictured_item(i), benchmark="pneumoniamnist", answer="normal") for i in range(3)]
+    write_records(workspace.items("pneumoniamnist"), VQAItem, items)
+    report = predict_benchmark(workspace, RECIPE, "pneumoniamnist")
+    answers = read_records(workspace.predictions(RECIPE.name, "pneumoniamnist") / "answers", Prediction)
+    assert report.details["prompt"] == "question_first+options" and report.details["options_hint"]
+    assert "options: [normal, pneumonia]\n<image>" in answers[0].prompt
+    assert answers[0].options == ("normal", "pneumonia") and len(answers[0].option_logprobs) == 2
+
+
+def test_another_prompt_is_another_run(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no prompt 'upside_down'"):
+        predict_benchmark(workspace, RECIPE, "vqa-rad", prompt="upside_down")
+    calls: list[int] = []
+    original = Answerer.answer
+
+    def stop_later(self: Answerer, items: Any, **options: Any) -> Any:
+        calls.append(len(items))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, items, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Answerer, "answer", stop_later)
+        predict_benchmark(workspace, RECIPE, "vqa-rad", batch_size=4)
+    # What was answered to another prompt is not taken for an answer to this one.
+    assert predict_benchmark(workspace, RECIPE, "vqa-rad", prompt="image_first").counts["resumed"] == 0
