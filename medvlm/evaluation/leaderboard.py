@@ -19,6 +19,10 @@ from medvlm.store import Report, Workspace, fingerprint, read_report, write_json
 __all__ = ["LeaderboardRow", "leaderboard_rows", "write_leaderboard"]
 
 
+_OF_CLASSES = ("accuracy", "macro_f1")
+"""Rules of classification benchmarks."""
+
+
 @dataclass(frozen=True, slots=True)
 class LeaderboardRow:
     """One score of one model. Two rows compare only if benchmark, test split, answer type and rule agree."""
@@ -43,6 +47,10 @@ class LeaderboardRow:
     """The same model without the image."""
     gain: float | None
     """``value`` less ``blind``, in points."""
+    leaked: int | None
+    """Items of this answer type whose very image the model was trained on; None where it is not known."""
+    clean: float | None
+    """The value on the other items; None where all of them are leaked, or none is."""
     source: str
     url: str
     note: str
@@ -98,18 +106,30 @@ def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
     scores = [score for score in read_scores(folder / "scores" / "scores.parquet") if score.slice == "all"]
     report = read_report(folder)
     official = report is not None and report.details.get("official_test_split") is True
+    slices = {
+        (score.stage, score.answer_type, score.rule, score.slice): score
+        for score in read_scores(folder / "scores" / "scores.parquet")
+        if not score.blind and score.slice.startswith("leaked=")
+    }
     blind = {(score.stage, score.answer_type, score.rule): score.value for score in scores if score.blind}
     stages = sorted({score.stage for score in scores}, key=stage_order)
+    # Without a training set in the workspace there was nothing to compare with.
+    searched = report is not None and bool(report.details.get("leaked_items"))
     for score in sorted(scores, key=lambda score: -stages.index(score.stage)):
-        if score.blind or (score.answer_type, score.rule) not in REPORTED:
+        if score.blind or ((score.answer_type, score.rule) not in REPORTED and score.rule not in _OF_CLASSES):
             continue
+        key = (score.stage, score.answer_type, score.rule)
+        leaked, clean = slices.get((*key, "leaked=true")), slices.get((*key, "leaked=false"))
+        notes = [] if official else ["compares with no published row: another test split"]
+        if leaked:
+            notes.append(f"the model was trained on the image of {leaked.n} of {score.n} items")
         without = blind.get((score.stage, score.answer_type, score.rule))
         yield LeaderboardRow(
             kind="ours",
             model=score.model,
             training=score.stage,
             epochs=_epochs(score.model, score.stage),
-            train_split="none" if score.stage in ("align", "instruct") else "train split of the same release",
+            train_split=_train_split(score.model, score.stage),
             benchmark=score.benchmark,
             test_split="official" if official else "not the official one",
             answer_type=score.answer_type,
@@ -120,12 +140,20 @@ def _our_rows(folder: Path) -> Iterable[LeaderboardRow]:
             n=score.n,
             blind=without,
             gain=round(score.value - without, 6) if without is not None else None,
+            leaked=leaked.n if leaked else 0 if searched else None,
+            clean=clean.value if clean else None,
             source="this workspace",
             url="",
-            note="" if official else "compares with no published row: another test split",
+            note="; ".join(notes),
             second_hand=False,
             headline=score.stage == stages[-1],
         )
+
+
+def _train_split(model: str, stage: str) -> str:
+    if model not in recipe_names():
+        return "unstated"
+    return "none" if stage in ("align", "instruct") else "train split of the same release"
 
 
 def _epochs(recipe: str, stage: str) -> float | None:
@@ -138,5 +166,13 @@ def _epochs(recipe: str, stage: str) -> float | None:
 
 def _published_row(score: PublishedScore) -> LeaderboardRow:
     return LeaderboardRow(
-        kind="published", test_split="official", low=None, high=None, blind=None, gain=None, **dataclasses.asdict(score)
+        kind="published",
+        test_split="official",
+        low=None,
+        high=None,
+        blind=None,
+        gain=None,
+        leaked=None,
+        clean=None,
+        **dataclasses.asdict(score),
     )

@@ -16,9 +16,12 @@ import pyarrow.parquet as pq
 
 from medvlm.append_only import append_line, read_lines
 from medvlm.data.leakage import leaked_item_ids
+from medvlm.data.readers.medmnist import COLLECTIONS
 from medvlm.errors import InputError
 from medvlm.evaluation.answers import Joined, join_answers
 from medvlm.evaluation.bootstrap import RESAMPLES, Resamples, interval
+from medvlm.evaluation.calibration import calibrate
+from medvlm.evaluation.classify import Classification, chosen_label, classification
 from medvlm.evaluation.metrics import HEADLINE, RULES
 from medvlm.evaluation.score import (
     COLUMNS,
@@ -105,6 +108,7 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
             if table:
                 rows = score_rows(table, draws, model=run.model, stage=run.stage, blind=is_blind, leaked=leaked)
                 scores.extend(rows)
+        scores.extend(_classification_scores(run, benchmark, draws))
     last = runs[-1]
     wrong = _wrong_answers(last)
     target = workspace.scores(recipe, benchmark)
@@ -113,11 +117,13 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
         _write(temporary / "wrong_answers.parquet", WrongAnswer, _with_images(wrong, folder))
         content = fingerprint(temporary / "scores.parquet", temporary / "wrong_answers.parquet")
     gains = {run.stage: _gains(run, draws) for run in runs if run.blind_table}
+    chances = {run.stage: found.as_json() for run in runs if (found := calibrate(run.seeing))}
+    classes = {run.stage: found.as_json() for run in runs if (found := _classified(run, benchmark))}
     final = [row for row in scores if row.stage == last.stage]
     report = Report(
         step=f"score {recipe} {benchmark}",
         counts={"items": len(items), "scores": len(scores), "wrong_answers": len(wrong), "leaked_items": len(leaked)},
-        metrics=_metrics(scores, gains, last.stage),
+        metrics=_metrics(scores, gains, last.stage) | _extra_metrics(chances, classes, last.stage),
         details={
             "recipe": recipe,
             "benchmark": benchmark,
@@ -128,6 +134,8 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
             "test_split": {kind: sum(item.answer_type == kind for item in items) for kind in RULES},
             "interval": f"95 %, percentile bootstrap of {resamples} resamples of {draws.weight.shape[1]} images",
             "gains": gains,
+            "calibration": chances,
+            "classification": classes,
             "leaked_items": {name: len(ids) for name, ids in sorted(leaks.items())},
             "summary": {
                 "recipe": recipe,
@@ -137,6 +145,7 @@ def score_recipe(workspace: Workspace, recipe: str, benchmark: str, *, resamples
                 **summary([row for row in final if not row.blind]),
                 "intervals": intervals([row for row in final if not row.blind]),
                 **({"blind": summary([row for row in final if row.blind])} if last.blind_table else {}),
+                "clean": _clean(final),
             },
         },
         seed=0,
@@ -190,6 +199,57 @@ def _leaks(workspace: Workspace, benchmark: str, runs: Sequence[_Run]) -> dict[s
     used = {"alignment", "instruct", f"{benchmark}:train"}
     used |= {f"preference/{run.model}" for run in runs if run.stage == "prefer"}
     return {name: ids for name, ids in leaked_item_ids(workspace, benchmark).items() if name in used}
+
+
+def _clean(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """The reported rules on the items whose image was in no training set; empty where none, or all, were."""
+    return {
+        f"{row.answer_type}.{row.rule}": {"value": row.value, "n": row.n}
+        for row in scores
+        if row.slice == "leaked=false" and not row.blind and (row.answer_type, row.rule) in REPORTED
+    }
+
+
+def _classified(run: _Run, benchmark: str) -> Classification | None:
+    """What the answers to a classification benchmark come to; None for any other."""
+    if benchmark not in COLLECTIONS:
+        return None
+    answers = [prediction.text if prediction else "" for prediction in run.seeing.predictions]
+    return classification([item.answer for item in run.seeing.items], answers, COLLECTIONS[benchmark].labels)
+
+
+def _classification_scores(run: _Run, benchmark: str, draws: Resamples) -> list[Score]:
+    """Accuracy and macro-F1 as papers on classification report them, of the answers with the image."""
+    found = _classified(run, benchmark)
+    if found is None:
+        return []
+    right_I1 = np.array(
+        [
+            [float(chosen_label(prediction.text if prediction else "", found.labels) == item.answer)]
+            for item, prediction in zip(run.seeing.items, run.seeing.predictions, strict=True)
+        ]
+    )
+    ends = interval(draws.means(right_I1)[:, 0], around=found.accuracy / 100) if found.n > 1 else None
+    low, high = (round(100 * end, 6) for end in ends) if ends else (None, None)
+    known: tuple[tuple[str, float, float | None, float | None], ...] = (
+        ("accuracy", found.accuracy, low, high),
+        ("macro_f1", found.macro_f1, None, None),
+    )
+    return [
+        Score(benchmark, run.model, run.stage, False, "all", "closed", rule, value, lower, upper, found.n)
+        for rule, value, lower, upper in known
+    ]
+
+
+def _extra_metrics(chances: dict[str, Any], classes: dict[str, Any], last: str) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for stage in {*chances, *classes}:
+        prefix = "" if stage == last else f"{stage}."
+        if stage in chances:
+            metrics[f"{prefix}calibration.ece"] = chances[stage]["ece"]
+        if stage in classes:
+            metrics |= {f"{prefix}classification.{name}": classes[stage][name] for name in ("accuracy", "macro_f1")}
+    return metrics
 
 
 def _metrics(scores: Sequence[Score], gains: dict[str, dict[str, dict[str, float]]], last: str) -> dict[str, float]:
