@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TARGET = 6.0
-QUESTIONS = 240
+QUESTIONS = 208
 NEW_TOKENS = 16
 SIZES = {
     "name": "smol-sized",
@@ -92,7 +92,10 @@ def make_model(folder: Path) -> None:
     decoder = folder.with_name(f"{folder.name}-decoder")
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(decoder)
     unpacked: Any = AutoModelForCausalLM.from_pretrained(
-        source.parent, dtype=torch.float32, quantization_config=GgufConfig(gguf_file=source.name, dequantize=True)
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
     plain = LlamaForCausalLM(config)  # what was read from a GGUF file refuses to be saved
