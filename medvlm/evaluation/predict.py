@@ -17,7 +17,7 @@ from medvlm.evaluation.answerer import BATCH
 from medvlm.evaluation.answers import Missing
 from medvlm.evaluation.backends import Refused, ReplayBackend, ServerBackend, answer_all, mean_picture
 from medvlm.evaluation.journal import AnswerJournal, merged_answers
-from medvlm.evaluation.prompts import PromptStyle, prompt_style
+from medvlm.evaluation.prompts import IMAGE_FIRST, PromptStyle, prompt_style
 from medvlm.evaluation.shards import KINDS, Shard, answer_shard, items_to_answer, launch_shards
 from medvlm.recipe_schema import Recipe
 from medvlm.records import Prediction, VQAItem
@@ -72,7 +72,7 @@ def predict_benchmark(
         PredictionMismatch: The processes ended well, but not every item has its answer.
     """
     started = time.monotonic()
-    style = prompt_style(benchmark, order=prompt, options=options)
+    style = prompt_style(benchmark, order=_order(recipe, prompt), options=options)
     items, _ = items_to_answer(workspace.items(benchmark), benchmark, limit)
     answers: list[Prediction] = []
     kept = 0
@@ -275,6 +275,23 @@ def _write(
         fingerprint=fingerprint([dataclasses.asdict(answer) for answer in answers]),
     )
     return write_report(step, report, started=started, packages=("torch", "transformers"))
+
+
+def _order(recipe: Recipe, asked: str | None) -> str | None:
+    """The order of question and image that a recipe's model can be asked in; None leaves it to the benchmark.
+
+    Raises:
+        InputError: The model always has its image first, and the other order is asked for.
+    """
+    if not recipe.model.image_first:
+        return asked
+    if asked not in (None, IMAGE_FIRST):
+        raise InputError(
+            f"the recipe {recipe.name} always puts the image first (model.image_first)",
+            where=f"--prompt {asked}",
+            hint=f"leave the option out, or give {IMAGE_FIRST}",
+        )
+    return IMAGE_FIRST
 
 
 def _checkpoint(workspace: Workspace, recipe: Recipe, benchmark: str, stage_number: int) -> Path:

@@ -14,8 +14,10 @@ from medvlm.evaluation.normalise import polarity, without_punctuation
 from medvlm.models.template import IMAGE_MARK
 from medvlm.records import VQAItem
 
-__all__ = ["PromptStyle", "options_of", "prompt_orders", "prompt_style"]
+__all__ = ["IMAGE_FIRST", "PromptStyle", "options_of", "prompt_orders", "prompt_style"]
 
+IMAGE_FIRST = "image_first"
+"""The order that a recipe with ``model.image_first`` is always asked in."""
 _LONGEST_POLAR = 3
 """Characters of an answer that says yes or no and nothing else."""
 

@@ -131,3 +131,11 @@ def test_another_prompt_is_another_run(workspace: Workspace, monkeypatch: pytest
         predict_benchmark(workspace, RECIPE, "vqa-rad", batch_size=4)
     # What was answered to another prompt is not taken for an answer to this one.
     assert predict_benchmark(workspace, RECIPE, "vqa-rad", prompt="image_first").counts["resumed"] == 0
+
+
+def test_a_recipe_that_puts_the_image_first_is_asked_so(workspace: Workspace) -> None:
+    first = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"image_first": True})})
+    report = predict_benchmark(workspace, first, "vqa-rad", limit=2)
+    assert report.details["prompt"] == "image_first"
+    with pytest.raises(InputError, match="always puts the image first"):
+        predict_benchmark(workspace, first, "vqa-rad", prompt="question_first")
