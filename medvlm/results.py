@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from medvlm.append_only import read_lines
+from medvlm.contract_results import Check, ContractResult, contract_results
 from medvlm.curves import Curve, curves_of
 from medvlm.errors import InputError
 from medvlm.lineage import Step, data_steps, names_in, recipe_steps
@@ -24,45 +24,18 @@ from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
 from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
 
-__all__ = ["Check", "ContractResult", "Curve", "Page", "Results", "Source", "Step", "score_board", "thumbnail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One rule of a contract and what was seen."""
-
-    name: str
-    rule: str
-    success: bool
-    blocks: bool
-    """Whether a break stops what comes after; else it is a warning."""
-    observed: str
-    expected: str
-    broken_rows: int
-    examples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ContractResult:
-    """The last verdict on one dataset."""
-
-    name: str
-    success: bool
-    rows: int
-    checks: tuple[Check, ...]
-    quarantined: int
-    checked_at: float
-    """Seconds since the epoch."""
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        """The checks that do not hold and stop what comes after."""
-        return tuple(check for check in self.checks if not check.success and check.blocks)
-
-    @property
-    def warned(self) -> tuple[Check, ...]:
-        """The checks that do not hold and stop nothing."""
-        return tuple(check for check in self.checks if not check.success and not check.blocks)
+__all__ = [
+    "Check",
+    "ContractResult",
+    "Curve",
+    "Page",
+    "Report",
+    "Results",
+    "Source",
+    "Step",
+    "score_board",
+    "thumbnail",
+]
 
 
 class Results:
@@ -172,24 +145,7 @@ class Results:
 
     def contracts(self) -> list[ContractResult]:
         """Each contract's last verdict: broken ones first, then by name."""
-        results = [self._contract(name) for name in names_in(self.workspace.contract("_").parent)]
-        return sorted((r for r in results if r), key=lambda r: (r.success, r.name))
-
-    def _contract(self, name: str) -> ContractResult | None:
-        folder = self.workspace.contract(name)
-        path = folder / "result.json"
-        if not path.exists():
-            return None
-        result = read_json(path)
-        quarantine = folder / "quarantine.parquet"
-        return ContractResult(
-            name=str(result.get("contract", name)),
-            success=bool(result["success"]),
-            rows=int(result.get("rows", 0)),
-            checks=tuple(_check(check) for check in result.get("checks", [])),
-            quarantined=pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
-            checked_at=path.stat().st_mtime,
-        )
+        return contract_results(self.workspace)
 
     def quarantine(self, contract: str, *, rule: str = "", offset: int = 0, limit: int = 50) -> Page:
         """Rows that broke a rule of a contract, of every rule or of one."""
@@ -327,6 +283,10 @@ class Results:
         """The reviewers' decisions."""
         return Journal(self.workspace)
 
+    def release(self, recipe: str) -> Report | None:
+        """The report of a recipe's release bundle; None before one was built."""
+        return read_report(self.workspace.release(recipe))
+
     def leaderboard(self) -> list[dict[str, Any]]:
         """The rows of the leaderboard, published numbers beside ours; empty before it was made."""
         path = self.workspace.leaderboard / "rows.json"
@@ -353,27 +313,6 @@ def score_board(scores: pd.DataFrame, rules: Mapping[str, str]) -> pd.DataFrame:
     several = board.groupby("model")["stage"].transform("nunique") > 1
     board["label"] = board["model"].where(~several, board["model"] + " · " + board["stage"])
     return board.sort_values("value", ascending=False, kind="stable").reset_index(drop=True)
-
-
-def _check(check: Mapping[str, Any]) -> Check:
-    return Check(
-        name=str(check["name"]),
-        rule=str(check.get("rule", "")),
-        success=bool(check["success"]),
-        blocks=check.get("severity", "fail") == "fail",
-        observed=_shown(check.get("observed")),
-        expected=_shown(check.get("expected")),
-        broken_rows=int(check.get("broken_rows") or 0),
-        examples=tuple(_example(example) for example in check.get("examples") or ()),
-    )
-
-
-def _example(example: Any) -> str:
-    return f"{example['row_id']}: {example['value']}" if isinstance(example, Mapping) else _shown(example)
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(source: Source | None, row_id: str) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
+import zipfile
 from pathlib import Path
 
 import altair as alt
@@ -159,8 +161,34 @@ def _contract(contract: ContractResult) -> None:
                 "Broken rows": st.column_config.NumberColumn(width="small", format="localized"),
             },
         )
+        if contract.docs:
+            _docs(contract, contract.docs)
         if contract.quarantined:
             _quarantine(contract)
+
+
+def _docs(contract: ContractResult, first: Path) -> None:
+    """The Data Docs as a file: pages of another program are not shown inside this one."""
+
+    def packed() -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(first.parent.rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    archive.write(path, path.relative_to(first.parent))
+        return out.getvalue()
+
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "Data Docs",
+            packed,
+            file_name=f"{contract.name.replace('/', '-')}-data-docs.zip",
+            mime="application/zip",
+            on_click="ignore",
+            key=f"docs-{contract.name}",
+            help="Great Expectations' pages of this contract; open index.html",
+        )
+        st.text(str(first))
 
 
 def _quarantine(contract: ContractResult) -> None:

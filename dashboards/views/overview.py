@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboards.frame import count, empty, escaped, results, show, stamp, tidy
+from dashboards.release import release_section
 from medvlm.evaluation.metrics import HEADLINE
 from medvlm.results import Results, Step, score_board
 
@@ -204,6 +205,7 @@ def body() -> None:
             "Recipe", recipes, default=recipes[0], required=True, key="recipe", label_visibility="collapsed"
         )
         _table(_recipe_steps(stamp(), root, str(recipe)))
+        release_section(str(recipe))
     else:
         st.caption("No recipe has been trained yet.")
     left, right = st.columns([3, 2], gap="large")

@@ -8,8 +8,8 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from dashboards.frame import empty, results, show, stamp
-from medvlm.results import Curve, Results
+from dashboards.frame import count, empty, results, show, stamp
+from medvlm.results import Curve, Report, Results
 
 # Steps drawn for one run; longer runs are thinned, for the chart only.
 POINTS = 600
@@ -182,6 +182,7 @@ def body() -> None:
         },
     )
     _further(chosen, names)
+    _experts(chosen)
     if any(not curve.finished for curve in chosen):
         _look_again()
 
@@ -211,6 +212,62 @@ def _further(chosen: list[Curve], names: list[str]) -> None:
                 table = _long(chosen, column, 0)
                 chart = _lines(table, title.lower(), names, height=240, legend=False)
                 st.altair_chart(chart, alt=f"{title} by step")
+
+
+def expert_table(report: Report) -> pd.DataFrame:
+    """Share of the tokens that each expert of each layer got: ``modality``, ``layer``, ``expert``, ``share``.
+
+    Empty for models without experts. ``all`` is every modality together.
+    """
+    loads = {"all": report.details.get("expert_load") or {}, **(report.details.get("expert_load_by_modality") or {})}
+    rows = [
+        {"modality": modality, "layer": int(layer), "expert": int(expert), "share": float(share)}
+        for modality, layers in loads.items()
+        for layer, experts in layers.items()
+        for expert, share in experts.items()
+    ]
+    return pd.DataFrame(rows, columns=["modality", "layer", "expert", "share"])
+
+
+def _experts(chosen: list[Curve]) -> None:
+    """Where tokens go in a mixture of experts, by layer and modality."""
+    routed = {f"{c.recipe} · stage {c.stage}": c.report for c in chosen if c.report.details.get("expert_load")}
+    if not routed:
+        return
+    st.subheader("Expert load", anchor=False)
+    name = st.segmented_control("Run", list(routed), default=next(iter(routed)), required=True, key="expert-run")
+    report, table = routed[str(name)], expert_table(routed[str(name)])
+    with st.container(horizontal=True):
+        st.metric("Tokens routed", count(report.details.get("tokens_routed", 0)), border=True)
+        st.metric("Tokens dropped", count(report.details.get("tokens_dropped", 0)), border=True)
+        balance = report.details.get("expert_balance")
+        if balance is not None:
+            st.metric("Balance", f"{balance:.2f}", border=True, help="1: every expert gets the same; 0: one gets all")
+    modalities = list(dict.fromkeys(table["modality"]))
+    base = alt.Chart(table).encode(
+        x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("layer:O", title="layer"),
+        tooltip=["modality:N", "layer:O", "expert:O", alt.Tooltip("share:Q", format=".1%")],
+    )
+    cells = base.mark_rect(stroke="white").encode(
+        color=alt.Color(
+            "share:Q",
+            title="share of the tokens",
+            scale=alt.Scale(domain=[0, 1], scheme="teals"),
+            legend=alt.Legend(orient="bottom", format=".0%", gradientLength=240),
+        )
+    )
+    words = base.mark_text(fontSize=11).encode(
+        text=alt.Text("share:Q", format=".0%"),
+        color=alt.condition("datum.share > 0.55", alt.value("white"), alt.value("#1f2937")),
+    )
+    layers = table["layer"].nunique()
+    grid = (cells + words).properties(width=200, height=max(48, 30 * layers))
+    st.altair_chart(
+        grid.facet(facet=alt.Facet("modality:N", title=None, sort=modalities), columns=4),
+        width="content",
+        alt="Share of tokens by expert, layer and modality",
+    )
 
 
 show("Runs", "Training runs over each other: loss, learning rate and what each run came to.", body)
