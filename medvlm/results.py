@@ -77,7 +77,7 @@ class Results:
             workspace.release("_").parent,
         ):
             for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
-                yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".parquet"))
+                yield from (path for path in folder.glob(pattern) if path.suffix in (".json", ".jsonl", ".parquet"))
 
     # ---------------------------------------------------------------- overview
 
