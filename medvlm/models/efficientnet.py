@@ -78,8 +78,16 @@ class _Conv(nn.Conv2d):
         return super().forward(F.pad(input, pads) if any(pads) else input)
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=_EPSILON)
+class _Norm(nn.BatchNorm2d):
+    """Batch normalisation by the published statistics, in float32 whatever the precision around it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=_EPSILON)
+
+    def forward(self, input: Tensor) -> Tensor:
+        own: list[Any] = [self.running_mean, self.running_var, self.weight, self.bias]
+        mean_C, variance_C, weight_C, bias_C = [value.float() for value in own]
+        return F.batch_norm(input, mean_C, variance_C, weight_C, bias_C, eps=self.eps)
 
 
 class _Block(nn.Module):
@@ -90,9 +98,9 @@ class _Block(nn.Module):
         inner = inward * expansion
         self.expands = expansion > 1
         if self.expands:
-            self.expand_conv, self.expand_norm = _Conv(inward, inner, 1), _norm(inner)
-        self.depthwise_conv, self.depthwise_norm = _Conv(inner, inner, kernel, stride, groups=inner), _norm(inner)
-        self.project_conv, self.project_norm = _Conv(inner, outward, 1), _norm(outward)
+            self.expand_conv, self.expand_norm = _Conv(inward, inner, 1), _Norm(inner)
+        self.depthwise_conv, self.depthwise_norm = _Conv(inner, inner, kernel, stride, groups=inner), _Norm(inner)
+        self.project_conv, self.project_norm = _Conv(inner, outward, 1), _Norm(outward)
         self.shortcut = stride == 1 and inward == outward
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.stem_conv, self.stem_norm = _Conv(3, _STEM, 3, 2), _norm(_STEM)
+        self.stem_conv, self.stem_norm = _Conv(3, _STEM, 3, 2), _Norm(_STEM)
         blocks: list[_Block] = []
         inward = _STEM
         for repeats, kernel, stride, expansion, outward in _BLOCKS:
@@ -127,7 +135,7 @@ class EfficientNetLiteModel(PreTrainedModel):
                 blocks.append(_Block(inward, outward, kernel, stride if index == 0 else 1, expansion))
                 inward = outward
         self.blocks = nn.ModuleList(blocks)
-        self.head_conv, self.head_norm = _Conv(inward, CHANNELS, 1), _norm(CHANNELS)
+        self.head_conv, self.head_norm = _Conv(inward, CHANNELS, 1), _Norm(CHANNELS)
         self.post_init()
 
     def train(self, mode: bool = True) -> EfficientNetLiteModel:

@@ -18,6 +18,7 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from medvlm.errors import ImageTokenMismatch
+from medvlm.models import efficientnet  # noqa: F401  # registers its tower, so that a checkpoint with one opens
 from medvlm.models.projector import PROJECTORS
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,14 @@ def test_a_checkpoint_holds_the_tower_and_reads_back_the_same(tmp_path: Path) ->
         features: list[Any] = [c.model.get_image_features(pixel_values=pixels) for c in (checkpoint, again)]
     assert torch.equal(features[0].pooler_output[0], features[1].pooler_output[0])
     assert features[0].pooler_output[0].shape == (4, 128)
+
+
+def test_another_process_opens_the_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", made())
+    program = "import sys, pathlib; from medvlm.models.checkpoint import load_checkpoint as load; "
+    program += "print(type(load(pathlib.Path(sys.argv[1])).model.model.vision_tower).__name__)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True)
+    assert done.stdout.strip() == "EfficientNetLiteModel", done.stderr
 
 
 def test_a_random_tower_keeps_the_signal() -> None:
