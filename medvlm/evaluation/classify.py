@@ -12,12 +12,7 @@ from medvlm.errors import InputError
 from medvlm.evaluation.metrics import stands_in
 from medvlm.evaluation.normalise import clean_words
 
-__all__ = ["Classification", "chosen_label", "classification", "options_prompt"]
-
-
-def options_prompt(question: str, labels: Sequence[str]) -> str:
-    """A question followed by its classes, as LLaVA-Med appends options to closed questions."""
-    return f"{question} Please choose from the following options: [{', '.join(labels)}]"
+__all__ = ["Classification", "chosen_label", "classification"]
 
 
 def chosen_label(text: str, labels: Sequence[str]) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from medvlm.data.readers.medmnist import COLLECTIONS
 from medvlm.evaluation.score import OFFICIAL_TEST_SIZES
 from medvlm.records import AnswerType
 
@@ -63,7 +64,8 @@ def _score(
     document: dict[str, Any], row: dict[str, Any], benchmark: str, answer_type: AnswerType, rule: str, value: float
 ) -> PublishedScore:
     epochs = row["epochs"]
-    sizes = OFFICIAL_TEST_SIZES.get(benchmark)
+    # MedMNIST's releases differ in size, and papers do not say which one they scored.
+    sizes = OFFICIAL_TEST_SIZES.get(benchmark) if benchmark not in COLLECTIONS else None
     splits = {**document["train_splits"], **row.get("train_splits", {})}
     return PublishedScore(
         model=row["model"],

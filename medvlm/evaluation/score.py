@@ -42,6 +42,8 @@ OFFICIAL_TEST_SIZES: Mapping[str, tuple[int, int]] = {
     "slake": (645, 416),
     "slake-zh": (613, 420),
     "pathvqa": (3370, 3391),
+    "pneumoniamnist": (0, 624),
+    "organcmnist": (0, 8216),
 }
 """(open, closed) questions of each benchmark's published test split."""
 _SHRINKING = "llava_med_pre35"

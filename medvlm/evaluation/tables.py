@@ -25,10 +25,12 @@ _STYLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box":
 _LEGEND = """\
 Strict: closed needs exactly the right one of yes and no, or the answer in whole words (whole_word);
 open is the share of the answer's words found (token.recall). blind: the same model, a mean image.
+clean: without the questions whose very image was in a training set; leaked: it was for all of them.
 As papers score: sub and raw find the answer anywhere, "no" in "normal" too; rec counts a repeated word
 again; cand is chosen among the train answers; the rule of ? is not published. Two numbers compare only
 where rule and test split agree; 'own, N' is not the official test split. All of it: --all, --json."""
 _SHORT_RULES = {
+    "accuracy": "acc",
     "llava_med_batch": "sub",
     "llava_med_pre35": "pre35",
     "med_moe": "raw",
@@ -36,7 +38,6 @@ _SHORT_RULES = {
     "candidate_set_accuracy": "cand",
     "unpublished.recall": "?",
     "unpublished.closed": "?",
-    "accuracy": "acc",
 }
 """The paper-like rules that the table shows, the first found of an answer type."""
 
@@ -165,7 +166,7 @@ def _strict_table(rows: Sequence[LeaderboardRow]) -> Table:
     table.add_column("model", overflow="fold")
     for name in ("benchmark", "stage"):
         table.add_column(name, no_wrap=True)
-    for name in ("closed", "95 %", "blind", "gain", "open", "95 %", "blind"):
+    for name in ("closed", "95 %", "clean", "blind", "gain", "open", "95 %", "blind"):
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[tuple[str, str, str], list[LeaderboardRow]] = {}
     for row in rows:
@@ -177,6 +178,7 @@ def _strict_table(rows: Sequence[LeaderboardRow]) -> Table:
             *(Text(name) for name in (model, benchmark, stage)),
             _number(closed and closed.value),
             _interval(closed),
+            _clean(closed),
             _number(closed and closed.blind),
             f"{closed.gain:+.1f}" if closed and closed.gain is not None else "",
             _number(opened and opened.value),
@@ -224,6 +226,13 @@ def _as_papers(group: Sequence[LeaderboardRow], answer_type: AnswerType) -> str:
 
 def _sizes(group: Sequence[LeaderboardRow]) -> list[int]:
     return [max(row.n or 0 for row in group if row.answer_type == kind) for kind in {row.answer_type for row in group}]
+
+
+def _clean(row: LeaderboardRow | None) -> str:
+    """The value on images that were in no training set; ``leaked`` where all of them were."""
+    if row is None or not row.leaked:
+        return ""
+    return "leaked" if row.clean is None else f"{row.clean:.1f}"
 
 
 def _interval(row: LeaderboardRow | None) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_factory import RECIPE, tiny_checkpoint
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medvlm.cli import cli
 from medvlm.errors import InputError
-from medvlm.evaluation.classify import chosen_label, classification, options_prompt
+from medvlm.evaluation.classify import chosen_label, classification
+from medvlm.evaluation.leaderboard import leaderboard_rows
+from medvlm.evaluation.plots import score_plots
+from medvlm.models.checkpoint import save_checkpoint
+from medvlm.records import Prediction
+from medvlm.store import Workspace, read_records, read_report
 
 ORGANS = ("left lung", "right lung", "lung", "liver", "smooth muscle")
 
@@ -64,10 +71,6 @@ def test_an_unknown_class_is_refused() -> None:
         classification([], [], ORGANS)
 
 
-def test_the_options_stand_in_the_prompt() -> None:
-    assert options_prompt("Which?", ("one", "two")) == "Which? Please choose from the following options: [one, two]"
-
-
 def test_medmnist_is_scored_from_its_archive(tmp_path: Path) -> None:
     path = tmp_path / "pneumoniamnist.npz"
     images = np.zeros((4, 28, 28), dtype=np.uint8)
@@ -84,3 +87,35 @@ def test_medmnist_is_scored_from_its_archive(tmp_path: Path) -> None:
     assert printed["classification"]["accuracy"] == 75
     assert printed["classification"]["confusion"] == [[1, 0, 0], [1, 2, 0]]
     assert "macro-F1" in CliRunner().invoke(cli, arguments).stdout
+
+
+def test_medmnist_goes_the_way_of_every_benchmark(tmp_path: Path) -> None:
+    """Archive → items → answers of a model → accuracy, macro-F1, confusion and its picture, beside the published."""
+    archive = tmp_path / "pneumoniamnist.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (6, 28, 28), dtype=np.uint8)
+    arrays: dict[str, Any] = {f"{part}_images": images + place for place, part in enumerate(("train", "val", "test"))}
+    labels = {f"{part}_labels": np.array([[0], [1], [1], [0], [1], [1]]) for part in ("train", "val", "test")}
+    np.savez(archive, **arrays, **labels)
+    workspace = Workspace(tmp_path / "workspace")
+    save_checkpoint(workspace.checkpoint(RECIPE.name, 3, RECIPE.benchmarks[0]), tiny_checkpoint())
+    base = ["--workspace", str(workspace.root)]
+    for verb in (
+        ["dataset", "build-benchmark", "pneumoniamnist", "--source", str(archive.parent)],
+        ["predict", "--recipe", RECIPE.name, "--benchmark", "pneumoniamnist"],
+        ["score", "--recipe", RECIPE.name, "--benchmark", "pneumoniamnist", "--json"],
+    ):
+        result = CliRunner().invoke(cli, [*base, *verb])
+        assert result.exception is None, (verb, result.exception)
+    answers = read_records(workspace.predictions(RECIPE.name, "pneumoniamnist") / "answers", Prediction)
+    assert len(answers) == 12 and all("options: [normal, pneumonia]" in answer.prompt for answer in answers)
+    report = read_report(workspace.scores(RECIPE.name, "pneumoniamnist"))
+    assert report is not None
+    found = report.details["classification"]["finetune"]
+    assert sum(map(sum, found["confusion"])) == found["n"] == 6
+    assert report.metrics["classification.accuracy"] == found["accuracy"]
+    assert report.details["calibration"]["finetune"]["n"] == 6
+    assert "confusion" in score_plots(workspace, RECIPE.name, "pneumoniamnist")
+    rows = [row for row in leaderboard_rows(workspace) if (row.benchmark, row.rule) == ("pneumoniamnist", "accuracy")]
+    assert rows[0].kind == "ours" and rows[0].value == found["accuracy"]
+    assert any(row.value == 91.4 for row in rows)  # Med-MoE (Phi2), as published

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -144,3 +145,39 @@ def test_a_damaged_score_file_is_named(scored: Workspace) -> None:
     path.write_bytes(b"PAR1 cut off")
     with pytest.raises(WorkspaceError, match="cannot be read"):
         leaderboard_rows(scored)
+
+
+def test_a_model_that_saw_the_test_images_is_marked_and_its_clean_score_stands_beside(
+    items: list[VQAItem], tmp_path: Path
+) -> None:
+    """The train split holds two of the four test images, as VQA-RAD's own does nearly all of them."""
+    workspace = Workspace(tmp_path)
+    train = [
+        dataclasses.replace(item, item_id=f"train-{item.item_id}", split="train", question=f"{item.question} Why?")
+        for item in items
+        if item.image_id in ("one.png", "three.png")
+    ]
+    write_records(workspace.items("vqa-rad"), VQAItem, [*items, *train])
+    answers = [make_prediction(item, "no" if item.image_id == "one.png" else item.answer) for item in items]
+    write_records(workspace.predictions("tiny-llava-med", "vqa-rad") / "answers", Prediction, answers)
+    report = score_recipe(workspace, "tiny-llava-med", "vqa-rad", resamples=50)
+    rows = {(row.answer_type, row.rule): row for row in leaderboard_rows(workspace) if row.kind == "ours"}
+    closed = rows["closed", "whole_word"]
+    # Three closed items: two about image one (one right by chance), and one about image two, which is right.
+    assert (closed.leaked, closed.clean) == (2, 100.0) and closed.value == pytest.approx(200 / 3)
+    assert "trained on the image of 2 of 3 items" in closed.note
+    assert report.details["summary"]["clean"]["closed.whole_word"] == {"value": 100.0, "n": 1}
+    table = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "leaderboard"], env={"COLUMNS": "140"}).stdout
+    assert "clean" in table and "100.0" in table
+
+
+def test_foreign_models_claim_no_train_split(items: list[VQAItem], tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    write_records(workspace.items("vqa-rad"), VQAItem, items)
+    answers = [dataclasses.replace(make_prediction(i, "no", stage="served"), model="big-served") for i in items]
+    write_records(workspace.predictions("big-served", "vqa-rad") / "answers", Prediction, answers)
+    score_recipe(workspace, "big-served", "vqa-rad", resamples=50)
+    ours = [row for row in leaderboard_rows(workspace) if row.kind == "ours"]
+    assert {(row.model, row.training, row.train_split, row.epochs) for row in ours} == {
+        ("big-served", "served", "unstated", None)
+    }
