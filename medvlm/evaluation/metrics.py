@@ -39,6 +39,7 @@ from typing import Any, Literal
 
 from medvlm.evaluation.normalise import (
     clean_words,
+    is_chinese_yes_no,
     llava_med_normalise,
     lmms_eval_slake_normalise,
     polarity,
@@ -67,20 +68,13 @@ def whole_word(answer: str, prediction: str, language: Language) -> float:
     """
     if language == "zh":
         wanted = polarity(without_punctuation(answer), "zh")
-        if len(wanted) == 1 and _is_only_polarity(answer):
+        if is_chinese_yes_no(without_punctuation(answer)):
             return float(polarity(without_punctuation(prediction), "zh") == wanted)
         return float(stands_in(clean_words(answer, "zh"), clean_words(prediction, "zh"), _CHINESE_NEGATIONS))
     answer, prediction = _published(answer), _published(prediction)
     if answer in ("yes", "no"):
         return float(polarity(prediction) == frozenset((answer,)))
     return float(stands_in(answer.split(), prediction.split()))
-
-
-_CHINESE_YES_NO = "是 是的 对 有 存在 包含 可以 能 会 否 不是 不对 没有 没 无 不存在 不包含 不可以 不能 不会 不"
-
-
-def _is_only_polarity(answer: str) -> bool:
-    return without_punctuation(answer) in _CHINESE_YES_NO.split()
 
 
 _CHINESE_NEGATIONS = frozenset({"不", "不是", "没", "没有", "无", "非", "并非"})

@@ -12,6 +12,7 @@ from typing import Literal
 __all__ = [
     "chinese_words",
     "clean_words",
+    "is_chinese_yes_no",
     "llava_med_normalise",
     "lmms_eval_slake_normalise",
     "polarity",
@@ -158,21 +159,45 @@ def _jieba_cut() -> Callable[[str], list[str]]:
 
 # ── Yes or no ───────────────────────────────────────────────────────────────────────────────────
 
-_CHINESE_NO = re.compile("不是|不包含|不可以|不存在|不能|不会|不对|没有|没|否|无|不")
-_CHINESE_YES = re.compile("是的|是|包含|可以|存在|能|会|对|有")
+_CHINESE_NEGATIONS = frozenset(["不", "不是", "不能", "不会", "不对", "没", "没有", "无", "无法", "否", "非", "并非"])
+_CHINESE_AFFIRMATIONS = frozenset(["有", "包含", "包括", "存在", "可以", "能", "会"])
+# A clause that says nothing but yes or no: what SLAKE answers with, and its near forms.
+_CHINESE_CLAUSE = re.compile(
+    "(?P<no>不是|不包含|不包括|不可以|不存在|不能|不会|不对|没有|没|否|无|不)(的|了)?"
+    "|(?P<yes>是|包含|包括|可以|存在|能|会|对|有)(的|了)?"
+)
 
 
 def polarity(text: str, language: Literal["en", "zh"] = "en") -> frozenset[str]:
     """Which of yes and no stand in a normalised text: neither, one, or both.
 
-    English looks for the words; Chinese for the phrases that SLAKE answers with, the longest first
-    and the negative ones before the positive ones inside them ("不包含" is a no, not also a yes).
+    English looks for the words. Chinese first looks for clauses that are nothing but a yes or no in the
+    forms that SLAKE answers with: where there is one, what stands around it explains it ("不是，这是CT" is a no).
+    Else the words of the sentence count, cut by jieba, and a negation takes the next word with it ("不包含" is a
+    no, not also a yes). The copula in a sentence ("这是CT") is neither.
     """
     if language == "zh":
-        rest, negatives = _CHINESE_NO.subn(" ", text)
-        return _both(yes=_CHINESE_YES.search(rest) is not None, no=negatives > 0)
+        clauses = [match for clause in text.split() if (match := _CHINESE_CLAUSE.fullmatch(clause))]
+        if clauses:
+            return _both(yes=any(m["yes"] for m in clauses), no=any(m["no"] for m in clauses))
+        return _chinese_sentence_polarity(text)
     words = text.split()
     return _both(yes="yes" in words, no="no" in words)
+
+
+def is_chinese_yes_no(text: str) -> bool:
+    """Whether a text without punctuation is a Chinese yes or no and nothing else."""
+    return _CHINESE_CLAUSE.fullmatch(text) is not None
+
+
+def _chinese_sentence_polarity(text: str) -> frozenset[str]:
+    yes = no = negated = False
+    for word in chinese_words(text):
+        negation = word in _CHINESE_NEGATIONS
+        yes = yes or (word in _CHINESE_AFFIRMATIONS and not negated)
+        no = no or negation
+        negated = negation
+    return _both(yes=yes, no=no)
 
 
 def _both(*, yes: bool, no: bool) -> frozenset[str]:

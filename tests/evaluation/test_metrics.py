@@ -60,7 +60,16 @@ def test_whole_word_wants_a_committed_answer(answer: str, prediction: str, expec
         ("不包含", "图中没有肝脏。", 1),
         ("包含", "不包含", 0),  # the positive phrase inside the negative one
         ("是的", "是的，图片中有肝脏", 1),
-        ("不是", "不是，是CT", 0),
+        ("不是", "不是，是CT", 1),  # "no, it is a CT": the second one is the copula
+        ("是的", "不是，是CT", 0),
+        ("不是", "这是CT", 0),
+        ("是的", "是的。不是。", 0),  # commits to neither
+        ("包含", "不包含，图中有肺", 0),
+        ("不包含", "不包含，图中有肺", 1),
+        ("可以", "无法看到", 0),
+        ("不可以", "无法看到", 1),
+        ("有", "功能正常", 0),  # jieba: "能" is a part of "function"
+        ("不包括", "没有", 1),
         ("肺", "左肺", 0),  # jieba: one word
         ("肝脏", "图中的器官是肝脏。", 1),
         ("T1", "这是T1加权图像", 1),
