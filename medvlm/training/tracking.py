@@ -71,6 +71,8 @@ def tracked(folder: Path, *, first_step: int, rank: int) -> Generator[list[Any]]
         if tracker in trackers:
             os.environ.setdefault(variable, PROJECT)
     folder.mkdir(parents=True, exist_ok=True)
+    if "wandb" in trackers:
+        os.environ.setdefault("WANDB_DIR", str(folder))
     make_writer: Any = SummaryWriter  # its signature is not annotated
     # Steps count from 1; purging at 0 hides an earlier run of the same job that was begun anew.
     writer = make_writer(log_dir=str(folder), purge_step=first_step + 1 if first_step else 0)

@@ -73,6 +73,22 @@ def _fields(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
+def test_texts_that_the_length_limit_cuts_are_counted(workspace: Workspace) -> None:
+    turns: list[Turn] = []
+    for number in range(12):
+        mark = "<image>\n" if number == 0 else ""
+        turns += [
+            Turn("user", f"{mark}Question {number}: what is shown here?"),
+            Turn("assistant", f"A disc, {number}."),
+        ]
+    long = Sample(**{**_fields(sample(0, "instruct")), "sample_id": "long", "turns": tuple(turns)})
+    short = [sample(i, "alignment") for i in range(20)]
+    write_records(workspace.samples("alignment"), Sample, [long, *short])
+    few = ["stages.align.template=vicuna_v1", "stages.align.max_steps=1", "stages.align.max_length=96"]
+    report = run_stage(workspace, load_recipe("tiny-llava-med", [*TINY, *few]), 1)
+    assert (report.counts["samples"], report.counts["truncated"]) == (21, 1)
+
+
 def test_a_loss_that_is_not_a_number(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
