@@ -32,6 +32,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "medvlm.commands.import_checkpoint:import_checkpoint",
         "Read a checkpoint of the original LLaVA layout, every tensor accounted for.",
     ),
+    "train-router": (
+        "medvlm.commands.train_router:train_router",
+        "Train the domain router of a mixture of experts, between stages 2 and 3.",
+    ),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),

@@ -18,8 +18,10 @@ from medvlm.recipe_schema import (
     Decoding,
     LanguageModel,
     Model,
+    MoE,
     Projector,
     Recipe,
+    Router,
     Stage,
     Tokenizer,
     VisionTower,
@@ -32,9 +34,11 @@ __all__ = [
     "Checkpoints",
     "Decoding",
     "LanguageModel",
+    "MoE",
     "Model",
     "Projector",
     "Recipe",
+    "Router",
     "Stage",
     "Tokenizer",
     "VisionTower",
@@ -43,6 +47,7 @@ __all__ = [
     "recipe_differences",
     "recipe_names",
     "recipe_yaml",
+    "router_yaml",
     "stage_yaml",
     "twin_violations",
     "write_stage_files",
@@ -248,14 +253,29 @@ def stage_yaml(recipe: Recipe, number: int) -> str:
     """What one stage depends on: the model, the seed and the stage; the other stages are left out."""
     values = _plain(recipe)
     stage = recipe.stages[number - 1].name
-    kept = {"name": recipe.name, "seed": recipe.seed, "language": recipe.language, "model": values["model"]}
+    model = values["model"]
+    if stage != "moe_tune":
+        # Experts and router come into being after this stage.
+        model = {name: value for name, value in model.items() if name != "moe"}
+    kept = {"name": recipe.name, "seed": recipe.seed, "language": recipe.language, "model": model}
     if recipe.stages[number - 1].data == "benchmarks":
         kept["benchmarks"] = values["benchmarks"]
     return yaml.safe_dump({**kept, "stages": {stage: values["stages"][stage]}}, sort_keys=False, allow_unicode=True)
 
 
+def router_yaml(recipe: Recipe) -> str:
+    """What the domain router depends on: the model and the seed; the template that its prompts have."""
+    values = _plain(recipe)
+    instruct = recipe.stages[-2]
+    kept = {"name": recipe.name, "seed": recipe.seed, "language": recipe.language, "model": values["model"]}
+    prompt = {"template": instruct.template, "max_length": instruct.max_length}
+    return yaml.safe_dump({**kept, "prompt": prompt}, sort_keys=False, allow_unicode=True)
+
+
 def write_stage_files(workspace: Workspace, recipe: Recipe) -> Path:
     """Write ``stage1.yaml`` to ``stage3.yaml`` (see ``stage_yaml``) and return their folder.
+
+    A recipe with a domain router has ``router.yaml`` beside them.
 
     Raises:
         WorkspaceError: The disk is full or read-only.
@@ -263,6 +283,8 @@ def write_stage_files(workspace: Workspace, recipe: Recipe) -> Path:
     with atomic_folder(workspace.recipe(recipe.name)) as folder:
         for number in range(1, len(recipe.stages) + 1):
             (folder / f"stage{number}.yaml").write_text(stage_yaml(recipe, number), "utf-8")
+        if recipe.model.moe is not None:
+            (folder / "router.yaml").write_text(router_yaml(recipe), "utf-8")
     return workspace.recipe(recipe.name)
 
 

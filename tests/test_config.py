@@ -15,6 +15,7 @@ from medvlm.config import (
     recipe_differences,
     recipe_names,
     recipe_yaml,
+    router_yaml,
     stage_yaml,
     twin_violations,
 )
@@ -176,3 +177,56 @@ def test_the_verb_lists_shows_checks_and_resolves(tmp_path: Path) -> None:
         "stage2.yaml",
         "stage3.yaml",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "width", "layers", "mlp", "vocab"),
+    [
+        ("cliva-med-phi2", "phi", 2560, 32, 10240, 51200),
+        ("cliva-med-stablelm", "stablelm", 2048, 24, 5632, 100352),
+    ],
+)
+def test_published_hyper_parameters_of_cliva_med(
+    name: str, architecture: str, width: int, layers: int, mlp: int, vocab: int
+) -> None:
+    recipe = load_recipe(name)
+    model, moe = recipe.model, recipe.model.moe
+    decoder = model.language_model
+    assert (decoder.architecture, decoder.hidden_size, decoder.layers) == (architecture, width, layers)
+    assert (decoder.mlp_size, decoder.heads, model.tokenizer.vocab_size) == (mlp, 32, vocab)
+    assert (model.image_tokens, model.projector.kind) == (576, "mlp2x_gelu")
+    align, instruct, moe_tune = recipe.stages
+    assert [(s.learning_rate, s.epochs, s.global_batch) for s in recipe.stages] == [
+        (1e-3, 1, 64),
+        (2e-5, 3, 128),
+        (2e-5, 9, 64),
+    ]
+    assert (align.trains, instruct.trains) == (("projector",), ("projector", "language_model"))
+    assert (moe_tune.name, moe_tune.trains, recipe.targets(3)) == ("moe_tune", ("feed_forward",), ("all",))
+    assert moe is not None
+    assert (moe.experts, moe.top_k, moe.every, moe.meta_expert, moe.capacity) == (4, 1, 2, True, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.moe=null", "go together"),
+        ("model.moe.top_k=2", "1"),
+        ("model.moe.experts=3", "3 experts have 4 domains"),
+        ("model.moe.domains=[[ct], [ct], [mri], [gross]]", "stands in two domains"),
+        ("stages.moe_tune.trains=[feed_forward, language_model]", "holds already"),
+        ("model.moe.router.step=3", "there is no field 'step'; did you mean 'steps'?"),
+    ],
+)
+def test_impossible_experts_are_refused(override: str, words: str) -> None:
+    assert words in refusal("tiny-cliva-med-phi2", override).what
+
+
+def test_experts_and_router_belong_to_the_last_stage_only() -> None:
+    before = load_recipe("tiny-cliva-med-phi2")
+    after = load_recipe("tiny-cliva-med-phi2", ["model.moe.router.labels=7"])
+    changed = [number for number in (1, 2, 3) if stage_yaml(before, number) != stage_yaml(after, number)]
+    assert changed == [3]
+    assert router_yaml(before) != router_yaml(after)
+    assert field_role(("model", "moe", "router", "labels")) == SIZE
+    assert field_role(("model", "moe", "expert_start")) is None

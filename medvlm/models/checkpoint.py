@@ -38,6 +38,13 @@ __all__ = [
 
 RANDOM = "random"
 
+# What an architecture's published configuration sets and a recipe has no size for: microsoft/phi-2 (its rotary
+# part of a head) and stabilityai/stablelm-2-1_6b (its rotary part, and biases of queries, keys and values).
+_ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "phi": {"partial_rotary_factor": 0.4},
+    "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True},
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -158,6 +165,7 @@ def decoder_config(recipe: Recipe, vocab_size: int, settings: Mapping[str, Any])
         # Keeps what a layer puts out as large as what it reads, at any width.
         "initializer_range": 1 / math.sqrt(spec.hidden_size),
         "tie_word_embeddings": spec.tied_embeddings,
+        **_ARCHITECTURE.get(spec.architecture, {}),
     }
     return make_config(**{**sizes, **settings})
 

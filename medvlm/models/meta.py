@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from medvlm.models.checkpoint import decoder_config, model_config
 from medvlm.models.vision import tower_config
-from medvlm.recipe_schema import Recipe
+from medvlm.recipe_schema import Recipe, Stage
 
 if TYPE_CHECKING:
     from medvlm.models.vlm import MedVLMForConditionalGeneration
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["meta_model"]
 
 
-def meta_model(recipe: Recipe) -> MedVLMForConditionalGeneration:
+def meta_model(recipe: Recipe, stage: Stage | None = None) -> MedVLMForConditionalGeneration:
     """The model of a recipe on the ``meta`` device: every shape, no weights, no download.
 
     Its vocabulary is the published one, so that its parameters count as the published model's do. A model that is
@@ -22,9 +22,11 @@ def meta_model(recipe: Recipe) -> MedVLMForConditionalGeneration:
 
     Args:
         recipe: Where its weights come from does not matter; its sizes do.
+        stage: ``moe_tune`` has experts; before it, and without a stage, the model is dense.
     """
     import torch
 
+    from medvlm.models.moe import moe_settings
     from medvlm.models.vlm import MedVLMForConditionalGeneration
 
     config = model_config(
@@ -34,5 +36,7 @@ def meta_model(recipe: Recipe) -> MedVLMForConditionalGeneration:
         image_id=0,
         marks={},
     )
+    if recipe.model.moe is not None and stage is not None and stage.name == "moe_tune":
+        config.moe = moe_settings(recipe.model.moe)
     with torch.device("meta"):
         return MedVLMForConditionalGeneration(config)

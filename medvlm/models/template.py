@@ -26,6 +26,7 @@ _SELF_QUESTIONING = (
     "that are relevant to the content in the image, for example, asking about background knowledge of the objects in "
     "the image, asking to discuss about events happening in the image, etc. Again, do not ask about uncertain details."
 )
+_USER_ASSISTANT = _ASSISTANT.replace("human", "user")
 _LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -83,9 +84,9 @@ TEMPLATES: dict[TemplateName, Template] = {
         user="{bos}Human: {text}\n{eos}{bos}Assistant:",
         assistant=" {text}\n{eos}",
     ),
-    # MoE-LLaVA conv_phi: Vicuna's words; the tokenizer's own end mark (<|endoftext|>).
+    # Med-MoE's conv_phi and conv_stablelm, which are one: separators " " and "<|endoftext|>", the tokenizer's end mark.
     "phi": Template(
-        first=f"{_ASSISTANT} USER: {{text}} ASSISTANT:", user="USER: {text} ASSISTANT:", assistant=" {text}{eos}"
+        first=f"{_USER_ASSISTANT} USER: {{text}} ASSISTANT:", user="USER: {text} ASSISTANT:", assistant=" {text}{eos}"
     ),
     # SmolLM2-Instruct and others, without a system prompt.
     "chatml": Template(

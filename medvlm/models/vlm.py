@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import (
 
 from medvlm.errors import ImageTokenMismatch
 from medvlm.models import efficientnet  # noqa: F401  # registers its tower, so that a checkpoint with one opens
+from medvlm.models.moe import install_experts
 from medvlm.models.projector import PROJECTORS
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ HEAD_TOKENS = 1024
 
 
 class MedVLMConfig(LlavaConfig):
-    """LLaVA's configuration with the kind of projector."""
+    """LLaVA's configuration with the kind of projector, and the experts of a model that has them."""
 
     model_type = "medvlm"
     projector_kind: str = "linear"
     projector_prototypes: int | None = None
+    moe: dict[str, Any] | None = None
+    """``experts``, ``every``, ``meta_expert``, ``capacity`` and ``domains``; see ``medvlm.models.moe.moe_settings``."""
 
 
 class MedVLMModel(LlavaModel):
@@ -50,6 +53,8 @@ class MedVLMModel(LlavaModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = PROJECTORS[config.projector_kind](config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.moe is not None:
+            install_experts(self.language_model, config.moe)
         self.post_init()
 
     def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Any:
@@ -73,13 +78,18 @@ class MedVLMForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = MedVLMConfig
     head_tokens: int | None = HEAD_TOKENS
     """Learned tokens whose logits are held at once. None: the logits of every token, learned or not."""
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012  # transformers names the type
 
     def __init__(self, config: Any) -> None:
         from torch import nn
 
         LlavaPreTrainedModel.__init__(self, config)
         self.model = MedVLMModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        # Phi's head has a bias, the others' have none.
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=text.model_type == "phi")
+        # How many tokens an expert gets is known only when it runs.
+        self._can_compile_fullgraph = config.moe is None
         self.post_init()
 
     def forward(

@@ -43,8 +43,9 @@ class ConversationEncoder:
         self.image_text = f"{IM_START}{IMAGE_MARK}{IM_END}" if recipe.model.mm_use_im_start_end else IMAGE_MARK
         self.image_first = recipe.model.image_first
         self.image_id: int = marks.convert_tokens_to_ids(IMAGE_MARK)
-        self.bos: str = marks.bos_token or ""
         self.eos: str = marks.eos_token or ""
+        # Phi's and StableLM's tokenizers name one mark for both ends, and put none in front.
+        self.bos: str = marks.bos_token if marks.bos_token and marks.bos_token != self.eos else ""
         self.reserved: list[str] = [m for m in (*special_marks(recipe), self.bos, self.eos, marks.pad_token) if m]
 
     def encode(self, turns: Sequence[Turn], sample_id: str, asked: Collection[int] = ()) -> Encoded:
@@ -214,7 +215,8 @@ def collate(
 
     Returns:
         ``input_ids``, ``labels`` and what ``packed_batch`` adds; ``pixel_values`` (N, 3, H, W) or ``image_features``
-        (N, P, V), one for each sequence in reading order; ``sample_ids``, a list for each of ``rows``.
+        (N, P, V), one for each sequence in reading order; ``sample_ids``, a list for each of ``rows``; ``spans``, for
+        each row of the batch which of ``rows`` its stretches of tokens are of and how long they are.
     """
     import torch
 
@@ -222,9 +224,11 @@ def collate(
     places = pack_rows([len(sequence.ids) for sequence, _ in sequences], packing=packing)
     batch: dict[str, Any] = packed_batch([[sequences[i][0] for i in row] for row in places], pad_id, varlen=varlen)
     images = [sequences[i][1] for row in places for i in row]
+    owners = [index for index, row in enumerate(rows) for _ in row["sequences"]]
     source, name = ("features", "image_features") if "features" in rows[0] else ("pixels", "pixel_values")
     return {
         **batch,
         name: torch.stack([row[source] for row in images]),
         "sample_ids": [row["sample_ids"] for row in rows],
+        "spans": [[(owners[i], len(sequences[i][0].ids)) for i in row] for row in places],
     }

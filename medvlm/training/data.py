@@ -53,6 +53,7 @@ class StageSample:
     turns: tuple[Turn, ...]
     shard: Path
     row: int
+    modality: str = "unknown"
 
 
 def data_folder(workspace: Workspace, stage: Stage, target: str) -> Path:
@@ -177,7 +178,7 @@ def _row_id(record: Sample | VQAItem) -> str:
 
 def _stage_samples(record: Sample | VQAItem, path: Path, row: int) -> Iterator[StageSample]:
     for sample in finetune_samples([record]) if isinstance(record, VQAItem) else [record]:
-        yield StageSample(sample.sample_id, sample.image_sha256, sample.turns, path, row)
+        yield StageSample(sample.sample_id, sample.image_sha256, sample.turns, path, row, sample.modality)
 
 
 class PixelStore:

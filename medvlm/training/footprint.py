@@ -45,6 +45,8 @@ class Shape:
 
     parts: dict[str, int]
     """``vision_tower``, ``projector``, ``language_model``."""
+    feed_forward: int
+    """Of the language model's feed-forward modules, experts among them."""
     idle: int
     """Of experts that a token does not visit."""
     embedding: int
@@ -73,14 +75,14 @@ class Setup:
     offload_optimizer: bool
 
 
-def model_shape(recipe: Recipe) -> Shape:
-    """The numbers of a recipe's model, counted on the ``meta`` device."""
+def model_shape(recipe: Recipe, stage: Stage | None = None) -> Shape:
+    """The numbers of a recipe's model in a stage, counted on the ``meta`` device."""
     from torch import nn
 
     from medvlm.models.meta import meta_model
-    from medvlm.training.params import part_of
+    from medvlm.training.params import is_feed_forward, part_of
 
-    model: Any = meta_model(recipe)
+    model: Any = meta_model(recipe, stage)
     parts: dict[str, int] = {}
     idle = 0
     for name, parameter in model.named_parameters():
@@ -91,6 +93,7 @@ def model_shape(recipe: Recipe) -> Shape:
     linear = [m for m in model.model.language_model.modules() if isinstance(m, nn.Linear)]
     return Shape(
         parts=parts,
+        feed_forward=sum(p.numel() for name, p in model.named_parameters() if is_feed_forward(name)),
         idle=idle,
         embedding=model.get_input_embeddings().weight.numel(),
         adaptable=sum(m.weight.numel() for m in linear),
@@ -100,7 +103,7 @@ def model_shape(recipe: Recipe) -> Shape:
 
 def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
     """How many parameters learn."""
-    sizes = dict(shape.parts)
+    sizes = {**shape.parts, "feed_forward": shape.feed_forward}
     if tuning != "full":
         sizes["language_model"] = shape.lora
     return sum(sizes[part] for part in stage.trains)
@@ -196,6 +199,8 @@ def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, token
     passes = 2.0 + setup.gradient_checkpointing
     if "language_model" in stage.trains:
         passes += 1 if setup.tuning == "full" else shape.lora / max(1, matrices)
+    if "feed_forward" in stage.trains:
+        passes += (shape.feed_forward - shape.idle) / max(1, matrices)
     patches = tower.patches + 1
     seeing = 2 * shape.parts["vision_tower"] * patches + 4 * patches**2 * tower.hidden_size * tower.layers
     seeing *= 3 + setup.gradient_checkpointing if "vision_tower" in stage.trains else 1

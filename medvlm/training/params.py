@@ -10,7 +10,7 @@ from medvlm.recipe_schema import Part, Recipe, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["freeze", "parameter_counts", "parameter_groups", "part_of", "rate_ratio"]
+__all__ = ["freeze", "is_feed_forward", "learned_part", "parameter_counts", "parameter_groups", "part_of", "rate_ratio"]
 
 _PREFIXES: dict[str, Part] = {
     "model.vision_tower.": "vision_tower",
@@ -19,26 +19,47 @@ _PREFIXES: dict[str, Part] = {
     "lm_head.": "language_model",
 }
 
+# Dense feed-forward modules, experts and meta experts of a language model: ``layers.N.mlp.``.
+_FEED_FORWARD = ".mlp."
+
 
 def part_of(name: str) -> Part:
-    """The part of the model that a parameter belongs to.
+    """The part of the model that a parameter belongs to; never ``feed_forward``, which is part of another.
 
     Raises:
         KeyError: To none.
     """
-    return next(part for prefix, part in _PREFIXES.items() if name.startswith(prefix))
+    found: list[Part] = [part for prefix, part in _PREFIXES.items() if name.startswith(prefix)]
+    if not found:
+        raise KeyError(name)
+    return found[0]
+
+
+def learned_part(name: str, stage: Stage) -> Part:
+    """The part that a parameter belongs to, as the stage names parts.
+
+    A feed-forward module of the language model is ``feed_forward`` where the stage trains that alone.
+    """
+    part = part_of(name)
+    alone = "feed_forward" in stage.trains and part == "language_model" and is_feed_forward(name)
+    return "feed_forward" if alone else part
+
+
+def is_feed_forward(name: str) -> bool:
+    """Whether a parameter belongs to a feed-forward module of the language model, dense or of a mixture."""
+    return part_of(name) == "language_model" and _FEED_FORWARD in name
 
 
 def freeze(model: nn.Module, stage: Stage) -> None:
     """Let gradients reach exactly the parts that the stage trains."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in stage.trains)
+        parameter.requires_grad_(learned_part(name, stage) in stage.trains)
 
 
 def rate_ratio(recipe: Recipe, part: Part) -> float:
     """What a published learning rate is multiplied by for a part of this size; see ``Stage.learning_rate``."""
     tower, decoder = recipe.model.vision_tower, recipe.model.language_model
-    if part == "language_model":
+    if part in ("language_model", "feed_forward"):
         return decoder.reference_width / decoder.hidden_size * math.sqrt(decoder.reference_layers / decoder.layers)
     return tower.reference_width / tower.hidden_size
 
@@ -54,7 +75,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe, stage: Stage) -> list[dic
             parameters = [
                 parameter
                 for name, parameter in named
-                if part_of(name) == part and (len(getattr(parameter, "ds_shape", parameter.shape)) > 1) == decayed
+                if learned_part(name, stage) == part
+                and (len(getattr(parameter, "ds_shape", parameter.shape)) > 1) == decayed
             ]
             if parameters:
                 decay = stage.weight_decay if decayed else 0.0
@@ -63,6 +85,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe, stage: Stage) -> list[dic
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``parameters`` and ``parameters_trained``."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
-    return {"parameters": sum(n for n, _ in sizes), "parameters_trained": sum(n for n, trained in sizes if trained)}
+    """``parameters`` and ``parameters_trained``; with experts also ``parameters_active``: those that a token meets."""
+    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counts = {"parameters": sum(sizes.values()), "parameters_trained": sum(sizes[name] for name in trained)}
+    # Of a layer's experts one works at a time, and all have the size of the first.
+    idle = sum(size for name, size in sizes.items() if ".mlp.experts." in name and ".mlp.experts.0." not in name)
+    return {**counts, "parameters_active": counts["parameters"] - idle} if idle else counts

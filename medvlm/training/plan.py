@@ -126,10 +126,11 @@ def make_plan(
     Raises:
         TrainingError: A stage's global batch does not split over so many devices.
     """
-    shape = model_shape(recipe)
+    dense, shape = model_shape(recipe), model_shape(recipe, recipe.stages[-1])
+    shapes = [dense] * (len(recipe.stages) - 1) + [shape]
     stages = [
-        _planned(recipe, number, shape, hardware, mfu, price, workspace, dict(samples or {}), tuning)
-        for number in range(1, len(recipe.stages) + 1)
+        _planned(recipe, number, of_stage, hardware, mfu, price, workspace, dict(samples or {}), tuning)
+        for number, of_stage in enumerate(shapes, start=1)
     ]
     hours = sum(stage.hours for stage in stages)
     return Plan(

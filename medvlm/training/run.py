@@ -29,6 +29,7 @@ from medvlm.training.resume import Scratch
 if TYPE_CHECKING:
     from medvlm.models.checkpoint import Checkpoint
     from medvlm.training.data import StageSample
+    from medvlm.training.expert_load import ExpertLoad
 
 __all__ = ["run_stage"]
 
@@ -73,6 +74,8 @@ class _Trained:
     counts: dict[str, int]
     curve: list[dict[str, float]]
     loss: float
+    experts: dict[str, Any] | None = None
+    """Of a model with experts, see ``ExpertLoad.summary``."""
     reused: bool = False
 
 
@@ -112,7 +115,10 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
     report = Report(
         step=f"train {recipe.name} stage {stage_number}",
         counts=_sum_counts([result.counts for result in results.values()]),
-        metrics={f"loss_{target}" if target != "all" else "loss": r.loss for target, r in results.items()},
+        metrics={
+            **{f"loss_{target}" if target != "all" else "loss": r.loss for target, r in results.items()},
+            **_expert_metrics(results),
+        },
         details={
             "recipe": recipe.name,
             "stage": stage.name,
@@ -120,6 +126,7 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
             "curves": {target: result.curve for target, result in results.items()},
             "counts": {target: result.counts for target, result in results.items()},
             "reused": [target for target, result in results.items() if result.reused],
+            **next((result.experts for result in results.values() if result.experts), {}),
         },
         seed=recipe.seed,
         fingerprint=fingerprint(*[job.fingerprint for job in jobs]),
@@ -139,7 +146,12 @@ def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine:
     folders = data_folders(workspace, recipe, stage, target)
     data = data_fingerprint(folders, quarantined_rows(workspace, stage))
     start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
-    mark = fingerprint(stage_yaml(recipe, number), data, start, target)
+    parts = [start, target]
+    if stage.name == "moe_tune":
+        from medvlm.training.router import read_trained_router
+
+        parts.append(read_trained_router(workspace, recipe, start).fingerprint)
+    mark = fingerprint(stage_yaml(recipe, number), data, *parts)
     return _Job(workspace, recipe, number, target, engine, mark, tuple(folders))
 
 
@@ -160,7 +172,8 @@ def _run_job(job: _Job, *, fresh: bool) -> _Trained:
         if metadata["fingerprint"] == job.fingerprint:
             if job.engine.rank == 0:
                 click.echo(f"{job.folder}: finished before, from the same recipe, data and start; kept", err=True)
-            return _Trained(metadata["counts"], metadata["curve"], metadata["metrics"]["loss"], reused=True)
+            loss, experts = metadata["metrics"]["loss"], metadata.get("experts")
+            return _Trained(metadata["counts"], metadata["curve"], loss, experts, reused=True)
     try:
         return _train(job, fresh=fresh)
     except RuntimeError as error:
@@ -186,12 +199,19 @@ def _start(job: _Job, samples: Sequence[StageSample]) -> Checkpoint:
         folder = job.workspace.checkpoint(job.recipe.name, job.number - 1)
         start = load_checkpoint(folder)
         changed = [path for path in recipe_differences(job.recipe, start.recipe) if path[0] == "model"]
+        if job.stage.name == "moe_tune":
+            # Experts and router begin here.
+            changed = [path for path in changed if path[:2] != ("model", "moe")]
         if changed:
             raise CheckpointError(
                 f"stage {job.number - 1} was trained with another {', '.join('.'.join(path) for path in changed)}",
                 where=str(folder),
                 hint=f"train stage {job.number - 1} again, or undo the change",
             )
+        if job.stage.name == "moe_tune":
+            from medvlm.training.router import start_of_mixture
+
+            start_of_mixture(job.workspace, job.recipe, start)
         return dataclasses.replace(start, recipe=job.recipe)
     source = job.recipe.model.tokenizer.source
     if source == "train":
@@ -237,14 +257,20 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
         **parameter_counts(start.model),
     }
+    load = None
+    if start.model.config.moe is not None:
+        from medvlm.training.expert_load import ExpertLoad
+
+        load = ExpertLoad(start.model, {sample.sample_id: sample.modality for sample in samples})
     try:
-        trainer, curve = _fit(job, start, training_set, plan, fresh=fresh)
+        trainer, curve = _fit(job, start, training_set, plan, fresh=fresh, load=load)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     finally:
         # Else transformers would shard every model that this process builds or loads from now on (ZeRO-3).
         unset_hf_deepspeed_config()
     tail = curve[-max(1, len(curve) // 20) :]
     loss = round(sum(point["loss"] for point in tail) / len(tail), 6)
+    experts = None if load is None else load.summary()
     if job.engine.rank == 0:
         metadata = {
             "fingerprint": job.fingerprint,
@@ -256,14 +282,15 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
             "metrics": {"loss": loss},
             "counts": counts,
             "curve": curve,
+            **({"experts": experts} if experts else {}),
         }
         save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=state)
         job.scratch.remove()
-    return _Trained(counts, curve, loss)
+    return _Trained(counts, curve, loss, experts)
 
 
 def _fit(
-    job: _Job, start: Checkpoint, training_set: Any, plan: Any, *, fresh: bool
+    job: _Job, start: Checkpoint, training_set: Any, plan: Any, *, fresh: bool, load: ExpertLoad | None = None
 ) -> tuple[Any, list[dict[str, float]]]:
     """Run the Trainer to the end of the plan; its state gives the loss curve, resumed parts included."""
     import functools
@@ -284,6 +311,8 @@ def _fit(
     if dist.is_initialized():
         dist.barrier()
     latest = scratch.latest()
+    if latest and load is not None:
+        load.resume(latest[1])
     if latest and job.engine.rank == 0:
         click.echo(f"going on from step {latest[0]} of {plan.steps}", err=True)
     progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
@@ -304,7 +333,15 @@ def _fit(
                 packing=job.stage.speed.packing,
                 varlen=job.engine.attention == "flash_attention_2",
             ),
-            callbacks=[progress, stop, ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s), *trackers],
+            # What belongs into a checkpoint is written before the checkpoint is marked as complete.
+            callbacks=[
+                progress,
+                stop,
+                *([load] if load else []),
+                ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s),
+                *trackers,
+            ],
+            expert_load=load,
         )
         try:
             trainer.train(resume_from_checkpoint=str(latest[1]) if latest else None)
@@ -321,6 +358,7 @@ def _fit(
         )
     curve = [
         {"step": entry["step"], "loss": entry["loss"], "lr": entry["learning_rate"]}
+        | ({"expert_balance": entry["expert_balance"]} if "expert_balance" in entry else {})
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
@@ -363,6 +401,11 @@ def _arguments(job: _Job, scratch: Scratch, steps: int) -> Any:
         log_level="warning",
         seed=job.recipe.seed,
     )
+
+
+def _expert_metrics(results: dict[str, _Trained]) -> dict[str, float]:
+    found = [result.experts["expert_balance"] for result in results.values() if result.experts]
+    return {"expert_balance": sum(found) / len(found)} if found else {}
 
 
 def _sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from medvlm.errors import NonFiniteLoss
 from medvlm.progress import report_progress
 from medvlm.recipe_schema import Recipe, Stage
+from medvlm.training.expert_load import ExpertLoad
 from medvlm.training.objectives import OBJECTIVES
 from medvlm.training.params import parameter_groups
 from medvlm.training.resume import Scratch
@@ -32,16 +33,20 @@ class StageTrainer(Trainer):
         recipe: Gives the parts' sizes, which scale the rates.
         stage: Gives objective and rates.
         scratch: Named in errors.
+        expert_load: Counts where tokens go, in a model with experts.
         options: Passed to ``Trainer``.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, scratch: Scratch, **options: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, stage: Stage, scratch: Scratch, *, expert_load: ExpertLoad | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         self._recipe = recipe
         self._stage = stage
         self._scratch = scratch
         self._objective = OBJECTIVES[stage.objective]
+        self._expert_load = expert_load
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each part of the model."""
@@ -60,7 +65,10 @@ class StageTrainer(Trainer):
             NonFiniteLoss: It is NaN or infinite, with the samples of the batch.
         """
         sample_ids = inputs.pop("sample_ids")
+        spans = inputs.pop("spans", None)
         loss = self._objective(model, inputs, num_items_in_batch)
+        if self._expert_load is not None and spans is not None:
+            self._expert_load.add(spans, sample_ids)
         if not torch.isfinite(loss):
             last = self._scratch.latest()
             ids = ", ".join(sample_id for ids in sample_ids for sample_id in ids)
@@ -72,6 +80,12 @@ class StageTrainer(Trainer):
             )
         # Gradients are averaged over processes, and the objective divided by the tokens of all of them.
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the balance of the experts where there are some."""
+        if self._expert_load is not None and "loss" in logs:
+            logs = {**logs, **self._expert_load.recent()}
+        super().log(logs, start_time)
 
 
 class ScratchCallback(TrainerCallback):

@@ -34,6 +34,12 @@ FULL_SIZE = {
         "Llama 2 13B (paper: 13B), safetensors header of Llama2-Chinese-13b-Chat",
         tower=303_507_456,
     ),
+    "cliva-med-phi2": Published(
+        2_779_683_840, None, "microsoft/phi-2, safetensors header; its model card: 2.7B", tower=303_507_456
+    ),
+    "cliva-med-stablelm": Published(
+        1_644_515_328, None, "stabilityai/stablelm-2-1_6b, safetensors header; its model card: 1.6B", tower=303_507_456
+    ),
     # Its tower is published with a classifier of 1,281,000 more: 4.7 M in all (EfficientNet-Lite's README).
     "smol-llava-med": Published(134_515_008, None, "SmolLM2-135M-Instruct's model card: 134,515,008", tower=3_371_008),
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from moe_case import RECIPE, SMALL, TunedMixture, fill_labelled
 from twin_case import TINY, TrainedTwin, fill
 
 from medvlm.config import load_recipe
@@ -40,3 +41,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainedTwin]:
     recipe = load_recipe("tiny-llava-med", TINY)
     first, second, third = (run_stage(workspace, recipe, number) for number in (1, 2, 3))
     yield TrainedTwin(workspace, recipe, (first, second, third))
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> TunedMixture:
+    """All three stages of a mixture of experts and its router, a few steps each."""
+    from medvlm.training.router import train_router
+    from medvlm.training.run import run_stage
+
+    workspace = fill_labelled(Workspace(tmp_path_factory.mktemp("tuned")))
+    recipe = load_recipe(RECIPE, SMALL)
+    run_stage(workspace, recipe, 1)
+    run_stage(workspace, recipe, 2)
+    router = train_router(workspace, recipe)
+    return TunedMixture(workspace, recipe, router, run_stage(workspace, recipe, 3))

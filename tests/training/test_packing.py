@@ -50,7 +50,7 @@ def loss_and_gradients(rows: list[dict[str, Any]], **options: Any) -> tuple[floa
     model, tokenizer, _ = parts()
     batch = collate(rows, tokenizer.pad_token_id, **options)
     shapes = dict(batch)
-    del batch["sample_ids"]
+    del batch["sample_ids"], batch["spans"]
     model.zero_grad(set_to_none=True)
     loss = answer_loss(model, batch, None)
     loss.backward()
