@@ -326,7 +326,7 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
 
 
 def test_a_600_000_row_dataset_opens_in_under_two_seconds(tmp_path: Path) -> None:
-    """Opening is what the Data page does first: the sources, the facets and a page from the middle."""
+    """Opening is all that the Data page does: the sources, the facets, the lengths and a page from the middle."""
     workspace, rows, shards = Workspace(tmp_path), 600_000, 6
     folder = workspace.samples("alignment")
     folder.mkdir(parents=True)
@@ -357,9 +357,11 @@ def test_a_600_000_row_dataset_opens_in_under_two_seconds(tmp_path: Path) -> Non
     source = results.source("alignment")
     assert source is not None and source.rows == rows
     facets = [source.facet(column) for column in source.facets]
+    lengths = source.text_lengths()
     page = source.page(offset=300_000, limit=12)
     seconds = time.monotonic() - started
     assert page.rows[0]["sample_id"] == "s0300000"
+    assert lengths["rows"].sum() == rows
     assert all(facet["rows"].sum() == rows for facet in facets)
     assert seconds < 2
     started = time.monotonic()
