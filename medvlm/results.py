@@ -214,6 +214,17 @@ class Results:
         files = sorted(self.workspace.scores("_", "_").parent.parent.glob("*/*/scores/scores.parquet"))
         return query(files, "SELECT * EXCLUDE (filename, file_row_number) FROM rows") if files else pd.DataFrame()
 
+    def calibration(self, benchmark: str) -> dict[str, dict[str, Any]]:
+        """How each recipe's last stage believes in its answers: recipe → ``n``, ``ece``, ``bins``, …; empty without."""
+        found: dict[str, dict[str, Any]] = {}
+        for recipe in names_in(self.workspace.scores("_", "_").parent.parent):
+            report = read_report(self.workspace.scores(recipe, benchmark))
+            stages: dict[str, dict[str, Any] | None] = (report.details.get("calibration") or {}) if report else {}
+            last = stages.get(str(report.details.get("stage"))) if report else None
+            if last and last.get("bins"):
+                found[recipe] = last
+        return found
+
     def score_history(self) -> pd.DataFrame:
         """Scores of a recipe over time: ``recipe``, ``benchmark``, ``when``, ``metric``, ``value``.
 

@@ -206,6 +206,57 @@ def _published(benchmark: str) -> None:
     )
 
 
+@st.cache_data(max_entries=8, show_spinner="Reading the calibration …")
+def _calibrations(at: str, root: str, benchmark: str) -> dict[str, dict[str, Any]]:
+    del at
+    return Results(Path(root)).calibration(benchmark)
+
+
+def _calibration(benchmark: str) -> None:
+    """Confidence against accuracy: on the diagonal a model knows how often it is right."""
+    found = _calibrations(stamp(), str(results().workspace.root), benchmark)
+    if not found:
+        return
+    st.subheader("Calibration", anchor=False)
+    bins = pd.DataFrame([{"model": model, **one} for model, row in found.items() for one in row["bins"]])
+    left, right = st.columns([3, 2], gap="large")
+    scale = alt.Scale(domain=[0, 1])
+    line = pd.DataFrame({"confidence": [0.0, 1.0], "accuracy": [0.0, 1.0]})
+    base = alt.Chart(bins).encode(
+        x=alt.X("confidence:Q", scale=scale, axis=alt.Axis(format=".0%")),
+        y=alt.Y("accuracy:Q", scale=scale, axis=alt.Axis(format=".0%")),
+        color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
+        tooltip=[
+            "model:N",
+            alt.Tooltip("confidence:Q", format=".1%"),
+            alt.Tooltip("accuracy:Q", format=".1%"),
+            alt.Tooltip("n:Q", title="questions", format=","),
+        ],
+    )
+    diagonal = alt.Chart(line).mark_line(color=BLIND, strokeDash=[3, 3]).encode(x="confidence:Q", y="accuracy:Q")
+    dots = base.mark_circle(opacity=0.85).encode(size=alt.Size("n:Q", legend=None, scale=alt.Scale(range=[40, 400])))
+    chart = diagonal + base.mark_line(opacity=0.4) + dots
+    left.altair_chart(chart.properties(height=320), alt="Accuracy by confidence, one line a model")
+    table = [
+        {"Model": model, **{k: row.get(k) for k in ("ece", "confidence", "accuracy", "n")}}
+        for model, row in found.items()
+    ]
+    right.dataframe(
+        pd.DataFrame(table),
+        hide_index=True,
+        placeholder="",
+        column_config={
+            "ece": st.column_config.NumberColumn("ECE", format="%.1f", help="Mean distance in points; 0 is perfect"),
+            "confidence": st.column_config.NumberColumn("Confidence", format="%.1f"),
+            "accuracy": st.column_config.NumberColumn("Accuracy", format="%.1f"),
+            "n": st.column_config.NumberColumn("Questions", format="localized"),
+        },
+    )
+    right.caption(
+        "By the likelihoods of the answers to choose from: above the line a model is better than it believes."
+    )
+
+
 def _wrong_answers(benchmark: str, models: list[str]) -> None:
     st.subheader("Wrong answers", anchor=False)
     left, right = st.columns(2)
@@ -261,6 +312,7 @@ def body() -> None:
     _leaderboard(table, str(benchmark))
     _slices(part, rules)
     _published(str(benchmark))
+    _calibration(str(benchmark))
     _wrong_answers(str(benchmark), list(dict.fromkeys(table["model"])))
 
 

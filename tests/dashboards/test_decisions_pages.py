@@ -126,3 +126,17 @@ def test_a_release_is_approved_and_the_approval_withdrawn_on_the_overview(
     assert approval(workspace, RECIPE, "f00d") is None
     assert [row.word for row in approvals(workspace)] == ["approve", "withdraw"]
     assert not any("<script" in markdown.value for markdown in page.markdown)
+
+
+def test_calibration_is_shown_where_it_was_measured(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("benchmarks", workspace.root, monkeypatch, benchmark="slake")
+    assert "Calibration" not in [subheader.value for subheader in page.subheader]
+    bins = [{"low": 0.5, "high": 0.6, "n": 12, "confidence": 0.55, "accuracy": 0.25}]
+    row = {"n": 12, "accuracy": 25.0, "confidence": 55.0, "ece": 30.0, "bins": bins}
+    folder = workspace.scores(RECIPE, "slake")
+    report = Report(step="score", details={"stage": "finetune", "calibration": {"align": None, "finetune": row}})
+    write_report(folder, report, started=0.0)
+    page = open_page("benchmarks", workspace.root, monkeypatch, benchmark="slake")
+    assert "Calibration" in [subheader.value for subheader in page.subheader]
+    table = next(frame.value for frame in page.dataframe if "ece" in frame.value)
+    assert table[["Model", "ece", "n"]].to_numpy().tolist() == [[RECIPE, 30.0, 12]]
