@@ -82,10 +82,12 @@ def _image() -> tuple[bytes, str] | None:
     if not names:
         st.caption("The workspace has no images yet.")
         return None
-    name = st.selectbox("Of", names, index=len(names) - 1, key="example-source")
+    name = st.selectbox("Of", names, key="example-source")
     example = st.selectbox("Which", _examples(stamp(), str(reader.workspace.root), name), key=f"example-{name}")
     source = reader.source(name)
     row = source.by_id([example]).get(example) if source and example else None
+    if row and row.get("split") == "test":
+        st.caption("An image to test with: the next preference dataset leaves out what is said about it.")
     return (row["image"]["bytes"], str(row["image"]["path"])) if row else None
 
 
