@@ -186,6 +186,8 @@ class VQAItem:
     modality: str
     organ: str
     language: Literal["en", "zh"]
+    case_id: str = ""
+    """Patient or article that the image is of, as the release names it; empty where it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,9 @@ __all__ = ["BUDGET_OPTION", "JSON_OPTION", "KEEP_OPTION", "ChatAccess", "print_r
 
 BUDGET_OPTION = click.option("--token-budget", type=click.IntRange(1), help="Most tokens to spend on the endpoint.")
 KEEP_OPTION = click.option(
-    "--keep-leaked", is_flag=True, help="Keep images that a benchmark of this workspace tests with."
+    "--keep-leaked",
+    is_flag=True,
+    help="Keep images that a benchmark of this workspace tests with, or that look like one.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 

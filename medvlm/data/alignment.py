@@ -43,7 +43,7 @@ def build_alignment(
             Without, captions are the answers.
         figures: Shards of figures; the workspace's by default.
         seed: Decides which of our 27 prompts a figure gets.
-        keep_leaked: Keep images that a benchmark of this workspace tests with.
+        keep_leaked: Keep images that a benchmark of this workspace tests with, and those that look like one.
 
     Raises:
         InputError: The official file is malformed, or no sample came out.

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import pyarrow.parquet as pq
 
 from medvlm.data.card import write_card
-from medvlm.data.leakage import images_under_test
+from medvlm.data.leakage import ImagesUnderTest
 from medvlm.data.modality import modality_of_caption
 from medvlm.data.official import is_synthetic
 from medvlm.data.readers.llava_med import SLOT, Conversation
@@ -212,7 +212,7 @@ def write_dataset(
     """Write a dataset's samples and its report: counts, and every reason for a loss with the first ten.
 
     Reviewers' rejections and edits of this dataset's samples are obeyed, and images that a benchmark
-    of this workspace tests with are dropped.
+    of this workspace tests with, or that look like one, are dropped.
 
     Args:
         workspace: Gets ``samples(name)`` and the report.
@@ -237,7 +237,12 @@ def write_dataset(
     report = Report(
         step=f"build {name}",
         counts=counts,
-        details={**tally.details(), **details, "synthetic": figures_are_synthetic(workspace)},
+        details={
+            **tally.details(),
+            **details,
+            "keep_leaked": keep_leaked,
+            "synthetic": figures_are_synthetic(workspace),
+        },
         seed=seed,
         fingerprint=fingerprint(*made_with, *shard_paths(workspace.samples(name))),
     )
@@ -253,14 +258,17 @@ def figures_are_synthetic(workspace: Workspace) -> bool:
 
 
 def without_leaked(workspace: Workspace, rows: Iterable[Kept | Dropped]) -> Iterator[Kept | Dropped]:
-    """The rows, but for those whose very image a benchmark of the workspace tests with."""
-    tested = images_under_test(workspace)
+    """The rows, but for those whose image, or one that looks like it, a benchmark of the workspace tests with."""
+    tested = ImagesUnderTest(workspace)
     for row in rows:
-        benchmark = None if isinstance(row, Dropped) else tested.get(row.image_sha256)
-        if isinstance(row, Dropped) or benchmark is None:
+        found = None if isinstance(row, Dropped) else tested.touched(row.image_sha256, row.image_phash)
+        if isinstance(row, Dropped) or found is None:
             yield row
         else:
-            yield Dropped(f"test image of {benchmark}", "leaked", _id_of(row))
+            benchmark, reason = found
+            yield Dropped(
+                f"{'test image' if reason == 'leaked' else 'like a test image'} of {benchmark}", reason, _id_of(row)
+            )
 
 
 def _id_of(row: Sample | PreferencePair) -> str:

@@ -48,7 +48,7 @@ def build_instruct(
         client: Asks a chat endpoint. Refused and malformed answers are dropped with their reason;
             its cache makes a second run go on where the first one stopped.
         seed: Decides the wording where rules write, and is passed to the endpoint.
-        keep_leaked: Keep images that a benchmark of this workspace tests with.
+        keep_leaked: Keep images that a benchmark of this workspace tests with, and those that look like one.
 
     Raises:
         InputError: The official file is malformed, or no sample came out.

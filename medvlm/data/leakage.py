@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from medvlm.data.hamming import nearest_within, parse_hashes
 from medvlm.data.traces import Traces, read_release, split_traces, training_sets, workspace_benchmarks
@@ -26,12 +27,13 @@ __all__ = [
     "NEAR_RADIUS",
     "SAME_IMAGE",
     "Comparison",
+    "ImagesUnderTest",
     "LeakedItem",
     "Way",
     "compare",
     "compare_releases",
     "compare_workspace",
-    "images_under_test",
+    "leaked_images",
     "leaked_item_ids",
 ]
 
@@ -244,13 +246,54 @@ def leaked_item_ids(
     }
 
 
-def images_under_test(workspace: Workspace) -> dict[str, str]:
-    """SHA-256 of every test image in the workspace → a benchmark that tests with it.
+class ImagesUnderTest:
+    """The test images of a workspace's benchmarks, by bytes and by look: what builders of training sets drop.
 
-    For builders of training sets, which drop these images unless a recipe keeps them.
+    Args:
+        workspace: With or without benchmarks.
+        radius: Bits of the perceptual hash within which a picture is the same to the eye.
     """
-    found: dict[str, str] = {}
-    for name in workspace_benchmarks(workspace, none_is_fine=True):
-        for sha256 in split_traces(workspace, name, "test").sha256:
-            found.setdefault(sha256, name)
-    return found
+
+    def __init__(self, workspace: Workspace, *, radius: int = NEAR_RADIUS) -> None:
+        self._radius = radius
+        self._benchmark_of: dict[str, str] = {}
+        by_hash: dict[str, str] = {}
+        for name in workspace_benchmarks(workspace, none_is_fine=True):
+            traces = split_traces(workspace, name, "test")
+            for sha256, phash in zip(traces.sha256, traces.phash, strict=True):
+                self._benchmark_of.setdefault(sha256, name)
+                by_hash.setdefault(phash, name)
+        self._hashes = parse_hashes(list(by_hash))
+        self._names = list(by_hash.values())
+
+    def touched(self, sha256: str, phash: str) -> tuple[str, Literal["leaked", "leaked_near"]] | None:
+        """A benchmark that tests with the image, or with one that looks like it, and which of both; else None.
+
+        Raises:
+            InputError: The hash is not 16 hex digits.
+        """
+        if sha256 in self._benchmark_of:
+            return self._benchmark_of[sha256], "leaked"
+        if not self._names:
+            return None
+        try:
+            (value,) = parse_hashes([phash])
+        except ValueError as error:
+            raise InputError(str(error), where=f"image {sha256[:16]}…", hint="build the set again") from error
+        distances = np.bitwise_count(self._hashes ^ value)
+        nearest = int(distances.argmin())
+        return (self._names[nearest], "leaked_near") if distances[nearest] <= self._radius else None
+
+
+def leaked_images(workspace: Workspace, folders: Sequence[Path], *, radius: int = NEAR_RADIUS) -> frozenset[str]:
+    """SHA-256 of the images in some shards that a benchmark of the workspace tests with, by bytes or by look.
+
+    Raises:
+        WorkspaceError: A step has not run.
+    """
+    tested = ImagesUnderTest(workspace, radius=radius)
+    images: set[tuple[str, str]] = set()
+    for path in (path for folder in folders for path in shard_paths(folder)):
+        table = pq.read_table(path, columns=["image_sha256", "image_phash"])
+        images.update(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+    return frozenset(sha256 for sha256, phash in images if tested.touched(sha256, phash))

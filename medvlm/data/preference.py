@@ -93,7 +93,7 @@ def build_preference(
         official: The published file, to report whether it is the published content.
         seed: Of the rows, for the report.
         details: More for the report; read after the last row.
-        keep_leaked: Keep images that a benchmark of this workspace tests with.
+        keep_leaked: Keep images that a benchmark of this workspace tests with, and those that look like one.
 
     Raises:
         InputError: Not one pair came out; what was built before stays in place.
@@ -116,7 +116,11 @@ def build_preference(
 
     folder = workspace.preference_pairs(recipe)
     write_records(folder, PreferencePair, counted())
-    said = tally.details() | {"synthetic": figures_are_synthetic(workspace)} | dict(details or {})
+    said = (
+        tally.details()
+        | {"keep_leaked": keep_leaked, "synthetic": figures_are_synthetic(workspace)}
+        | dict(details or {})
+    )
     said |= {"files": [official_state(official)]} if official else {}
     report = Report(
         step=f"build preference {recipe}",

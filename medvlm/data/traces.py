@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from medvlm.data.benchmarks import BENCHMARKS, read_benchmark
-from medvlm.data.readers.vqa_rad import PUBLIC_FILE
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import VQAItem
-from medvlm.store import Workspace, read_json, shard_paths
+from medvlm.store import Workspace, shard_paths
 
 __all__ = [
     "Traces",
@@ -61,13 +60,12 @@ def normalise_question(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in plain).split())
 
 
-def item_traces(name: str, items: Iterable[VQAItem], *, case_of: Callable[[VQAItem], str] | None = None) -> Traces:
+def item_traces(name: str, items: Iterable[VQAItem]) -> Traces:
     """Traces of benchmark items, which must hold image hashes.
 
     Args:
         name: Of the set, such as ``vqa-rad:train``.
         items: Consumed once; their bytes are not kept.
-        case_of: Article or patient of an item; the article in the image's name if None.
     """
     traces = Traces(name, family_of(name.split(":")[0]))
     for item in items:
@@ -75,7 +73,7 @@ def item_traces(name: str, items: Iterable[VQAItem], *, case_of: Callable[[VQAIt
         traces.sha256.append(item.image_sha256)
         traces.phash.append(item.image_phash)
         traces.image_id.append(item.image_id)
-        traces.case_id.append(case_of(item) if case_of else _article(item.image_id))
+        traces.case_id.append(item.case_id or _article(item.image_id))
         traces.question.append(normalise_question(item.question))
         traces.asked.setdefault(traces.question[-1], item.item_id)
     return traces
@@ -104,12 +102,7 @@ def read_release(name: str, root: Path) -> Traces:
     benchmark, split = _parse_split(name)
     folder = root / family_of(benchmark)
     folder = folder if folder.is_dir() else root
-    cases = _medpix_cases(folder) if benchmark == "vqa-rad" else {}
-    traces = item_traces(
-        name,
-        (item for item in read_benchmark(benchmark, folder) if item.split == split),
-        case_of=(lambda item: cases.get(item.image_id, "")) if cases else None,
-    )
+    traces = item_traces(name, (item for item in read_benchmark(benchmark, folder) if item.split == split))
     if not len(traces):
         raise InputError(
             f"the split {name!r} has no questions",
@@ -133,12 +126,6 @@ def _parse_split(name: str) -> tuple[str, str]:
             f"benchmarks: {', '.join(BENCHMARKS)}; splits: train, validation, test",
         )
     return benchmark, split
-
-
-def _medpix_cases(folder: Path) -> dict[str, str]:
-    """VQA-RAD's patients: image name → MedPix case URL, which its records do not carry."""
-    rows = read_json(folder / PUBLIC_FILE)
-    return {str(row["image_name"]): str(row["image_case_url"]) for row in rows if row.get("image_case_url")}
 
 
 def workspace_benchmarks(workspace: Workspace, *, none_is_fine: bool = False) -> list[str]:
@@ -199,12 +186,12 @@ def split_traces(workspace: Workspace, name: str, split: str) -> Traces:
     """
     rows = _rows(
         workspace.items(name),
-        "SELECT item_id, image_sha256, image_phash, image_id, question, split FROM shards ORDER BY item_id",
+        "SELECT item_id, image_sha256, image_phash, image_id, question, split, case_id FROM shards ORDER BY item_id",
     )
     rows = [row for row in rows if row[5] == split]
     traces = Traces(f"{name}:{split}", family_of(name))
     traces.row_id, traces.sha256, traces.phash, traces.image_id = ([row[i] for row in rows] for i in range(4))
-    traces.case_id = [_article(row[3]) for row in rows]
+    traces.case_id = [row[6] or _article(row[3]) for row in rows]
     traces.question = [normalise_question(row[4]) for row in rows]
     for question, row_id in zip(traces.question, traces.row_id, strict=True):
         traces.asked.setdefault(question, row_id)

@@ -68,7 +68,7 @@ def build_self_preference(
         writer: Makes a checkpoint one that samples; ``SelfQuestioner`` by default.
         judge: The offline rule by default.
         asking: What is asked, and how answers are sampled.
-        keep_leaked: Keep images that a benchmark of this workspace tests with.
+        keep_leaked: Keep images that a benchmark of this workspace tests with, and those that look like one.
 
     Raises:
         CheckpointError: The stage has no finished checkpoint.

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from medvlm.cli import cli
 from medvlm.data.leakage import (
+    ImagesUnderTest,
     LeakedItem,
     compare,
     compare_releases,
     compare_workspace,
-    images_under_test,
+    leaked_images,
     leaked_item_ids,
 )
 from medvlm.data.traces import Traces, normalise_question
@@ -193,8 +194,44 @@ def test_preference_pairs_are_training_data(tmp_path: Path) -> None:
 
 def test_what_builders_drop(tmp_path: Path) -> None:
     workspace = build(tmp_path, {"vqa-rad": [item("q", "test", "a.png"), item("t", "train", "b.png")]})
-    assert images_under_test(workspace) == {f"{'a.png':0>64}": "vqa-rad"}
-    assert images_under_test(Workspace(tmp_path / "empty")) == {}
+    tested = ImagesUnderTest(workspace)
+    far = f"{hash_of('elsewhere'):016x}"
+    assert tested.touched(f"{'a.png':0>64}", far) == ("vqa-rad", "leaked")
+    assert tested.touched("1" * 64, f"{hash_of('a.png') ^ 0b1111:016x}") == ("vqa-rad", "leaked_near")
+    assert tested.touched("1" * 64, f"{hash_of('a.png') ^ 0b11111:016x}") is None
+    assert tested.touched(f"{'b.png':0>64}", f"{hash_of('b.png'):016x}") is None
+    assert ImagesUnderTest(Workspace(tmp_path / "empty")).touched(f"{'a.png':0>64}", far) is None
+    with pytest.raises(InputError, match="16 hex digits"):
+        tested.touched("1" * 64, "abc")
+
+
+def test_what_training_finds_in_shards(tmp_path: Path) -> None:
+    tests = [item("q", "test", "a.png")]
+    near = item("n", "train", "n.png", image_phash=f"{hash_of('a.png') ^ 1:016x}")
+    trains = [item("t", "train", "b.png"), item("s", "train", "a.png"), near]
+    workspace = build(tmp_path, {"vqa-rad": tests, "slake": trains})
+    assert leaked_images(workspace, [workspace.items("slake")]) == {f"{'a.png':0>64}", f"{'n.png':0>64}"}
+
+
+def test_pictures_of_one_patient_touch(tmp_path: Path) -> None:
+    case = "https://medpix.nlm.nih.gov/case?id=1"
+    rows = [item("q", "test", "a.png", case_id=case), item("t", "train", "b.png", case_id=case, question="Is it?")]
+    workspace = build(tmp_path, {"vqa-rad": [*rows, item("u", "train", "c.png", question="Or?")]})
+    assert rows_of(workspace) == {("q", "vqa-rad:train", "case_id")}
+    assert leaked_item_ids(workspace, "vqa-rad") == {"vqa-rad:train": set()}
+
+
+def test_cases_of_the_real_releases_are_in_the_workspace_too(real_data: Path, tmp_path: Path) -> None:
+    from medvlm.data.benchmarks import build_benchmark
+
+    workspace = Workspace(tmp_path)
+    build_benchmark(workspace, "vqa-rad", real_data / "vqa-rad")
+    compare_workspace(workspace)
+    report = read_report(workspace.leakage)
+    assert report is not None
+    (found,) = (row for row in report.details["comparisons"] if row["train"] == "vqa-rad:train")
+    assert (found["test_images"], found["leaked_images"]) == (203, 202)
+    assert found["ways"]["case_id"]["images"] == 201
 
 
 def test_the_table_is_the_same_twice(tmp_path: Path) -> None:

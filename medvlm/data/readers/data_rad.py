@@ -29,14 +29,13 @@ def read_data_rad(folder: Path) -> Iterator[VQAItem | Dropped]:
     Raises:
         InputError: A file is not in its format, or a test row is no official test question.
     """
-    official = {
-        (item.image_id, item.question.lower()): item.item_id
-        for item in read_vqa_rad(folder / PUBLIC_FILE)
-        if isinstance(item, VQAItem) and item.split == "test"
-    }
+    public = [item for item in read_vqa_rad(folder / PUBLIC_FILE) if isinstance(item, VQAItem)]
+    official = {(item.image_id, item.question.lower()): item.item_id for item in public if item.split == "test"}
+    cases = {item.image_id: item.case_id for item in public}
     for name, split in FILES.items():
         for where, row in object_rows(folder / "data_RAD" / name):
             item = _item(row, split, where)
+            item = dataclasses.replace(item, case_id=cases.get(item.image_id, ""))
             if split == "test":
                 key = (item.image_id, item.question.lower())
                 if key not in official:

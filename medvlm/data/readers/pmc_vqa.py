@@ -87,7 +87,13 @@ def _item(row: dict[str, str], item_id: str, split: Split, where: str) -> VQAIte
         modality="unknown",
         organ="",
         language="en",
+        case_id=_article(name),
     )
+
+
+def _article(name: str) -> str:
+    found = re.match(r"PMC\d+", name)
+    return found[0] if found else ""
 
 
 def _choice(text: str, letter: str) -> str:

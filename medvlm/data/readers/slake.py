@@ -52,5 +52,7 @@ def read_slake(path: Path, language: Literal["en", "zh"]) -> Iterator[VQAItem | 
             modality=choice_of(row, "modality", MODALITIES, where),
             organ=text_of(row, "location", where),
             language=language,
+            # An image has a folder of its own, such as xmlab102.
+            case_id=text_of(row, "img_name", where).rpartition("/")[0],
         )
         yield item if item.answer else Dropped(where, "answer_empty", f"qid {item.item_id}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from medvlm.data.readers.source import Dropped, choice_of, integer_of, object_rows, text_of
+from medvlm.data.readers.source import Dropped, Row, choice_of, integer_of, object_rows, text_of
 from medvlm.records import AnswerType, Image, Split, VQAItem
 
-__all__ = ["IMAGE_FOLDER", "PUBLIC_FILE", "SHA256", "read_vqa_rad"]
+__all__ = ["IMAGE_FOLDER", "PUBLIC_FILE", "SHA256", "case_of", "read_vqa_rad"]
 
 PUBLIC_FILE = "VQA_RAD Dataset Public.json"
 IMAGE_FOLDER = "VQA_RAD Image Folder"
@@ -24,6 +24,12 @@ SPLIT_OF_PHRASE: dict[str, Split] = {
     "test_freeform": "test",
     "test_para": "test",
 }
+
+
+def case_of(row: Row) -> str:
+    """The MedPix case of a row, one patient's; empty where the row does not say."""
+    case = row.get("image_case_url")
+    return case.strip() if isinstance(case, str) and case != "NULL" else ""
 
 
 def read_vqa_rad(path: Path) -> Iterator[VQAItem | Dropped]:
@@ -55,5 +61,6 @@ def read_vqa_rad(path: Path) -> Iterator[VQAItem | Dropped]:
             modality=MODALITY_OF_ORGAN.get(organ, "unknown"),
             organ=organ,
             language="en",
+            case_id=case_of(row),
         )
         yield Dropped(where, "answer_empty", item.item_id) if item.answer in ("", "NULL") else item
