@@ -278,6 +278,11 @@ class Stage(_Section):
     name: StageName
     data: Literal["alignment", "instruct", "benchmarks", "preference"]
     """``benchmarks`` are the train splits of ``Recipe.benchmarks``; ``preference`` the recipe's own pairs."""
+    keep_leaked: bool | None = None
+    """Whether images that a benchmark of the workspace tests with, or that look like one, are learned from. Null
+    keeps them in ``benchmarks``, whose official splits it is (202 of VQA-RAD's 203 test images are in its train
+    split), and leaves them out elsewhere. What builders dropped is gone either way: to keep it, build the dataset with
+    ``--keep-leaked`` too. A score says which of its items are leaked, and has the clean ones beside it."""
     targets: Literal["all", "each"]
     """``each`` makes one checkpoint for each benchmark, every one from the same start."""
     trains: Annotated[tuple[Part, ...], Field(min_length=1)]

@@ -110,7 +110,13 @@ def _readme(workspace: Workspace, name: str, shards: Path, report: Report) -> st
     if details.get("by", {}).get("licence"):
         parts.append("Each row carries the licence of its figure; whoever passes rows on must keep to it.")
         parts.append(_table(("licence", "rows"), details["by"]["licence"].items()))
-    parts += ["## Left out", _dropped(details.get("dropped", {})), "## Leakage", _leakage(workspace, name)]
+    parts += [
+        "## Left out",
+        _dropped(details.get("dropped", {})),
+        "## Leakage",
+        _kept(report),
+        _leakage(workspace, name),
+    ]
     parts += ["## Provenance", _provenance(report), "## Opening it", _opening(shards)]
     return "\n\n".join(parts) + "\n"
 
@@ -140,6 +146,23 @@ def _dropped(dropped: Mapping[str, Any]) -> str:
         return "Nothing."
     rows = [(reason, lost["count"], "; ".join(lost["first"][:3])[:300]) for reason, lost in sorted(dropped.items())]
     return _table(("reason", "rows", "such as"), rows)
+
+
+def _kept(report: Report) -> str:
+    """What became of images that a benchmark tests with."""
+    if "keep_leaked" not in report.details:
+        return (
+            "The official splits are kept as published. A training stage leaves out images that a benchmark tests "
+            "with where its recipe says `keep_leaked: false`; every score has the clean questions beside all of them."
+        )
+    if report.details["keep_leaked"]:
+        return "Images that a benchmark of this workspace tests with were kept on request: scores say so."
+    dropped = report.details.get("dropped", {})
+    same, near = (dropped.get(reason, {}).get("count", 0) for reason in ("leaked", "leaked_near"))
+    return (
+        f"Images that a benchmark of this workspace tests with were left out: {same:,} rows with the very image, "
+        f"{near:,} with one that looks like it."
+    )
 
 
 def _leakage(workspace: Workspace, name: str) -> str:

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from medvlm.data.benchmarks import finetune_samples
+from medvlm.data.leakage import leaked_images
 from medvlm.errors import InputError, TrainingError
 from medvlm.models.template import IMAGE_MARK
 from medvlm.models.vision import ImageProcessor
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.records import Sample, Turn, VQAItem, from_row
-from medvlm.store import Workspace, fingerprint, read_json, shard_paths
+from medvlm.store import Workspace, fingerprint, read_json, read_report, shard_paths
 from medvlm.training.collate import ConversationEncoder, self_questions
 from medvlm.training.packing import Encoded, share_prefix
 
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingSet",
     "check_contract",
     "data_fingerprint",
+    "leaked_rows",
     "quarantined_rows",
     "read_stage_samples",
 ]
@@ -68,9 +70,9 @@ def data_folders(workspace: Workspace, recipe: Recipe, stage: Stage, target: str
     return [data_folder(workspace, stage, target)]
 
 
-def data_fingerprint(folders: Sequence[Path], quarantined: Collection[str] = ()) -> str:
-    """Changes when and only when the bytes of a shard do, or which of its rows are quarantined."""
-    without = [sorted(quarantined)] if quarantined else []
+def data_fingerprint(folders: Sequence[Path], left_out: Collection[str] = ()) -> str:
+    """Changes when and only when the bytes of a shard do, or which of its rows or images are left out."""
+    without = [sorted(left_out)] if left_out else []
     return fingerprint(*[path for folder in folders for path in shard_paths(folder)], *without)
 
 
@@ -109,6 +111,19 @@ def quarantined_rows(workspace: Workspace, stage: Stage) -> frozenset[str]:
     return frozenset(row_id for rule, row_id in rows if rule not in warnings)
 
 
+def leaked_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path]) -> frozenset[str]:
+    """SHA-256 of images that a benchmark of the workspace tests with, where the stage does not keep them.
+
+    Builders have dropped them already, unless their report says that they were told to keep them.
+    """
+    benchmarks = stage.data == "benchmarks"
+    keep = benchmarks if stage.keep_leaked is None else stage.keep_leaked
+    report = None if keep or benchmarks else read_report(workspace.dataset(stage.data))
+    if keep or not (benchmarks or (report and report.details.get("keep_leaked"))):
+        return frozenset()
+    return leaked_images(workspace, folders)
+
+
 def read_stage_samples(
     folders: Sequence[Path],
     stage: Stage,
@@ -116,6 +131,7 @@ def read_stage_samples(
     *,
     language: str | None = None,
     quarantined: Collection[str] = (),
+    leaked: Collection[str] = (),
     left_out: Counter[str] | None = None,
 ) -> list[StageSample]:
     """The samples that a stage learns from, in the order of their shards.
@@ -126,7 +142,8 @@ def read_stage_samples(
         seed: Of that draw.
         language: Only samples in it; None for all. A benchmark's items are taken in theirs: its name chose it.
         quarantined: Row ids that are left out.
-        left_out: Gets ``other_language`` and ``quarantined``.
+        leaked: SHA-256 of images that are left out.
+        left_out: Gets ``other_language``, ``quarantined`` and ``leaked``.
 
     Raises:
         InputError: There are none.
@@ -136,10 +153,12 @@ def read_stage_samples(
     samples: list[StageSample] = []
     for path in itertools.chain.from_iterable(map(shard_paths, folders)):
         for record, row in _shard_records(path, stage):
-            if _row_id(record) in quarantined:
+            if _row_id(record) in quarantined and _trains(record):
                 counts["quarantined"] += 1
             elif isinstance(record, Sample) and language not in (None, record.language):
                 counts["other_language"] += 1
+            elif record.image_sha256 in leaked and _trains(record):
+                counts["leaked"] += 1
             else:
                 samples += _stage_samples(record, path, row)
     if not samples:
@@ -169,6 +188,10 @@ def _shard_records(path: Path, stage: Stage) -> Iterator[tuple[Sample | VQAItem,
                 record: Any = from_row(kind, {**values, "image": None})
                 yield record, row
                 row += 1
+
+
+def _trains(record: Sample | VQAItem) -> bool:
+    return isinstance(record, Sample) or record.split == "train"
 
 
 def _row_id(record: Sample | VQAItem) -> str:

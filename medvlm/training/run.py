@@ -140,11 +140,12 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
 
 
 def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
-    from medvlm.training.data import data_fingerprint, data_folders, quarantined_rows
+    from medvlm.training.data import data_fingerprint, data_folders, leaked_rows, quarantined_rows
 
     stage = recipe.stages[number - 1]
     folders = data_folders(workspace, recipe, stage, target)
-    data = data_fingerprint(folders, quarantined_rows(workspace, stage))
+    without = quarantined_rows(workspace, stage) | leaked_rows(workspace, stage, folders)
+    data = data_fingerprint(folders, without)
     start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
     parts = [start, target]
     if stage.name == "moe_tune":
@@ -227,7 +228,14 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
 
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
-    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, quarantined_rows, read_stage_samples
+    from medvlm.training.data import (
+        PixelStore,
+        StagePlan,
+        TrainingSet,
+        leaked_rows,
+        quarantined_rows,
+        read_stage_samples,
+    )
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
@@ -238,6 +246,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         job.recipe.seed,
         language=job.recipe.language,
         quarantined=quarantined_rows(job.workspace, stage),
+        leaked=leaked_rows(job.workspace, stage, job.data),
         left_out=left_out,
     )
     start = _start(job, samples)
@@ -253,6 +262,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         "samples": len(samples),
         "quarantined": left_out["quarantined"],
         "other_language": left_out["other_language"],
+        "leaked": left_out["leaked"],
         "steps": plan.steps,
         "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
         **parameter_counts(start.model),
@@ -412,7 +422,7 @@ def _sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     """Sums over targets; parameters are those of one model."""
     total = dict(counts[0])
     for more in counts[1:]:
-        for key in ("samples", "quarantined", "other_language", "steps", "truncated"):
+        for key in ("samples", "quarantined", "other_language", "leaked", "steps", "truncated"):
             total[key] += more[key]
     return total
 

@@ -13,8 +13,8 @@ from data_contracts.run import run_contract
 from medvlm.config import load_recipe
 from medvlm.errors import InputError
 from medvlm.records import Sample, VQAItem
-from medvlm.store import Workspace, write_records
-from medvlm.training.data import data_fingerprint, quarantined_rows, read_stage_samples
+from medvlm.store import Report, Workspace, write_records, write_report
+from medvlm.training.data import data_fingerprint, leaked_rows, quarantined_rows, read_stage_samples
 from medvlm.training.run import run_stage
 
 ALIGN, _, FINETUNE = load_recipe("tiny-llava-med").stages
@@ -72,3 +72,34 @@ def test_the_report_of_a_stage_counts_them(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-llava-med", [*TINY, "stages.align.max_steps=1"])
     counts = run_stage(workspace, recipe, 1).counts
     assert (counts["samples"], counts["quarantined"], counts["other_language"]) == (100, 1, 0)
+
+
+def test_an_official_train_split_is_kept_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    folder = workspace.items("vqa-rad")
+    rows = [dataclasses.replace(item(index, "vqa-rad"), image_phash=f"{index // 2:016x}") for index in range(40)]
+    shared = [dataclasses.replace(rows[index], item_id=f"t{index}", split="test") for index in (0, 39)]
+    far = [dataclasses.replace(row, image_phash=f"{(2**64 - 1) ^ int(row.image_phash, 16):016x}") for row in rows[2:39]]
+    write_records(folder, VQAItem, [*rows[:2], *far, rows[39], *shared])
+    assert leaked_rows(workspace, FINETUNE, [folder]) == frozenset()
+    strict = FINETUNE.model_copy(update={"keep_leaked": False})
+    leaked = leaked_rows(workspace, strict, [folder])
+    assert leaked == {row.image_sha256 for row in shared}
+    left_out: Counter[str] = Counter()
+    kept = read_stage_samples([folder], strict, 0, leaked=leaked, left_out=left_out)
+    assert {one.sample_id for one in kept} == {f"vqa-rad-{index}" for index in range(2, 38)}
+    assert left_out == Counter(leaked=4)
+
+
+def test_a_dataset_that_kept_test_images_trains_on_them_only_where_the_recipe_keeps_them_too(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    folder = workspace.samples("alignment")
+    write_records(folder, Sample, [sample(index, "alignment") for index in range(3)])
+    test = dataclasses.replace(
+        item(50, "vqa-rad"), image_sha256=sample(1, "alignment").image_sha256, image_phash="f" * 16
+    )
+    write_records(workspace.items("vqa-rad"), VQAItem, [test])
+    assert leaked_rows(workspace, ALIGN, [folder]) == frozenset()
+    write_report(workspace.dataset("alignment"), Report("build", details={"keep_leaked": True}), started=0.0)
+    assert leaked_rows(workspace, ALIGN, [folder]) == {test.image_sha256}
+    assert leaked_rows(workspace, ALIGN.model_copy(update={"keep_leaked": True}), [folder]) == frozenset()
