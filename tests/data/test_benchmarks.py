@@ -61,7 +61,12 @@ def test_vqa_rad_has_the_published_counts_and_every_image(real_data: Path) -> No
     by_id = {item.item_id: item for item in items}
     assert by_id["0"].question == "Are regions of the brain infarcted?"  # its qid is the string "0"
     assert by_id["2156"].answer_type == by_id["2157"].answer_type == "closed"  # "CLOSED " in the file
-    assert by_id["2234"].answer == "12"  # an int in the file
+    rows = json.loads((real_data / "vqa-rad" / "VQA_RAD Dataset Public.json").read_text("utf-8"))
+    numbers = {str(row["qid"]): row["answer"] for row in rows if isinstance(row["answer"], int)}
+    assert {qid: by_id[qid].answer for qid in numbers} == {qid: str(answer) for qid, answer in numbers.items()}
+    assert len(numbers) == 5
+    assert by_id["0"].case_id == "https://medpix.nlm.nih.gov/case?id=48e1dd0e-8552-46ad-a354-5eb55be86de6"
+    assert len({item.case_id for item in items}) == 320  # a few images are listed under two cases
     closed_words = [item for item in items if item.answer_type == "closed" and item.answer.lower() not in ("yes", "no")]
     assert len(closed_words) == 106
     test_images = {item.image_id for item in items if item.split == "test"}
@@ -115,6 +120,7 @@ def test_slake_images_are_read_from_the_release(real_data: Path, tmp_path: Path)
     assert {item.image.path for item in items} == {"xmlab102/source.jpg"}
     assert items[0].image.bytes == (release / "imgs" / "xmlab102" / "source.jpg").read_bytes()
     assert {item.language for item in items} == {"en"}
+    assert {item.case_id for item in items} == {"xmlab102"}
 
 
 def test_pathvqa_has_the_published_counts_and_is_not_built_without_images(real_data: Path, tmp_path: Path) -> None:
@@ -123,6 +129,8 @@ def test_pathvqa_has_the_published_counts_and_is_not_built_without_images(real_d
     assert len({item.image_id for item in items}) == 858
     assert all(item.answer_type_derived for item in items)
     assert items[0].item_id == "test_0001_0"
+    records = json.loads((real_data / "pathvqa" / "pvqa_test.json").read_text("utf-8"))
+    assert (len(records), sum(not record["sentf"]["pvqa"] for record in records)) == (991, 133)  # images without any
     with pytest.raises(InputError, match=r"6761 of 6761 questions have no usable image: test_0001\.jpg"):
         build_benchmark(Workspace(tmp_path), "pathvqa", real_data / "pathvqa")
     assert not Workspace(tmp_path).items("pathvqa").exists()
@@ -202,6 +210,22 @@ def test_pathvqa_images_are_found_in_split_folders_too(tmp_path: Path) -> None:
         ("test_0007_1", "2", "open", "number"),
     ]
     assert items[0].image.bytes == jpeg(3)
+
+
+def test_what_vqa_rad_spells_null_is_missing(tmp_path: Path) -> None:
+    rows = [vqa_rad_row(answer="NULL"), vqa_rad_row(qid=2, image_case_url="NULL")]
+    source = vqa_rad_folder(tmp_path / "vqa-rad", rows, {"a.jpg": jpeg(10)})
+    report = build_benchmark(Workspace(tmp_path / "w"), "vqa-rad", source)
+    assert report.details["dropped"]["answer_empty"]["count"] == 1
+    (kept,) = read_records(Workspace(tmp_path / "w").items("vqa-rad"), VQAItem)
+    assert (kept.item_id, kept.case_id) == ("2", "")
+
+
+def test_the_first_ten_missing_images_are_named(tmp_path: Path) -> None:
+    rows = [vqa_rad_row(qid=index, image_name=f"absent{index}.jpg") for index in range(12)]
+    with pytest.raises(InputError, match="12 of 12 questions have no usable image") as error:
+        build_benchmark(Workspace(tmp_path / "w"), "vqa-rad", vqa_rad_folder(tmp_path / "r", rows, {}))
+    assert [f"absent{index}.jpg" in error.value.what for index in range(12)] == [True] * 10 + [False] * 2
 
 
 # --- bad input --------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ def test_the_real_chat_questions_have_their_counts_by_kind_and_domain(real_data:
         "ct": 40,
     }
     assert questions[0].question == "What is the organ in the image?"
+    # Eight questions carry two flags; each has one modality here, the first in the published order.
+    flags = [json.loads(line)["domain"] for line in path.read_text("utf-8").splitlines()]
+    assert sum(sum(map(bool, row.values())) == 2 for row in flags) == 8
     assert official_state(path)["official"] == "match"
 
 
