@@ -35,8 +35,10 @@ __all__ = [
     "check_contract",
     "data_fingerprint",
     "leaked_rows",
+    "left_out_rows",
     "quarantined_rows",
     "read_stage_samples",
+    "stage_samples",
 ]
 
 ImageStore = Callable[["StageSample"], "Tensor"]
@@ -122,6 +124,33 @@ def leaked_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path]) -> 
     if keep or not (benchmarks or (report and report.details.get("keep_leaked"))):
         return frozenset()
     return leaked_images(workspace, folders)
+
+
+def left_out_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path]) -> frozenset[str]:
+    """What of the data a stage does not learn from: ids of rows and SHA-256 of images."""
+    return quarantined_rows(workspace, stage) | leaked_rows(workspace, stage, folders)
+
+
+def stage_samples(
+    workspace: Workspace, recipe: Recipe, stage: Stage, folders: Sequence[Path]
+) -> tuple[list[StageSample], Counter[str]]:
+    """The samples that a stage of a recipe learns from, and how many were left out for which reason.
+
+    Raises:
+        InputError: There are none.
+        WorkspaceError: A step before has not run.
+    """
+    counts = Counter[str]()
+    samples = read_stage_samples(
+        folders,
+        stage,
+        recipe.seed,
+        language=recipe.language,
+        quarantined=quarantined_rows(workspace, stage),
+        leaked=leaked_rows(workspace, stage, folders),
+        left_out=counts,
+    )
+    return samples, counts
 
 
 def read_stage_samples(

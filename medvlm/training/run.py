@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,12 +139,11 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
 
 
 def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
-    from medvlm.training.data import data_fingerprint, data_folders, leaked_rows, quarantined_rows
+    from medvlm.training.data import data_fingerprint, data_folders, left_out_rows
 
     stage = recipe.stages[number - 1]
     folders = data_folders(workspace, recipe, stage, target)
-    without = quarantined_rows(workspace, stage) | leaked_rows(workspace, stage, folders)
-    data = data_fingerprint(folders, without)
+    data = data_fingerprint(folders, left_out_rows(workspace, stage, folders))
     start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
     parts = [start, target]
     if stage.name == "moe_tune":
@@ -228,27 +226,11 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
 
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
-    from medvlm.training.data import (
-        PixelStore,
-        StagePlan,
-        TrainingSet,
-        leaked_rows,
-        quarantined_rows,
-        read_stage_samples,
-    )
+    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, stage_samples
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
-    left_out: Counter[str] = Counter()
-    samples = read_stage_samples(
-        job.data,
-        stage,
-        job.recipe.seed,
-        language=job.recipe.language,
-        quarantined=quarantined_rows(job.workspace, stage),
-        leaked=leaked_rows(job.workspace, stage, job.data),
-        left_out=left_out,
-    )
+    samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
     start = _start(job, samples)
     freeze(start.model, stage)
     if not stage.speed.loss_at_labels:
