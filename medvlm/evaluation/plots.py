@@ -63,7 +63,7 @@ def slices_plot(scores: Sequence[Score], answer_type: AnswerType) -> bytes:
     # The largest slices are what an eye can trust; `all` and the clean slice come first.
     first = [name for name in ("all", "leaked=false", "leaked=true") if name in seeing]
     names = [*first, *sorted(set(seeing) - set(first), key=lambda name: (-seeing[name].n, name))][:_MOST_SLICES]
-    figure = _figure(7, 1.2 + 0.28 * len(names))
+    figure = _figure(8.4, 1.2 + 0.28 * len(names))
     axes = figure.subplots()
     for place, name in enumerate(names):
         score = seeing[name]
@@ -78,7 +78,7 @@ def slices_plot(scores: Sequence[Score], answer_type: AnswerType) -> bytes:
         xlabel=f"{_NAMES.get(rule, rule)}, per cent, 95 % interval", xlim=(-2, 102), title=f"{answer_type}, {last}"
     )
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return _png(figure)
 
 

@@ -23,7 +23,9 @@ def tiny_checkpoint() -> Checkpoint:
     """Random weights: it says something, and not the same of everything."""
     tokenizer = train_tokenizer(RECIPE, ["What is shown in this very picture?", "A lesion", "Yes"] * 3)
     processor = ImageProcessor.of(RECIPE.model.vision_tower)
-    return Checkpoint(build_model(RECIPE, tokenizer), tokenizer, processor, RECIPE, {"fingerprint": "f"})
+    return Checkpoint(
+        build_model(RECIPE, tokenizer), tokenizer, processor, RECIPE, {"stage": "finetune", "fingerprint": "f"}
+    )
 
 
 def picture(index: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvlm.evaluation.answerer import Answerer
-from medvlm.evaluation.decode import common_prefix
+from medvlm.evaluation.decode import GreedyDecoder, common_prefix
 from medvlm.evaluation.prompts import PromptStyle, prompt_orders, prompt_style
 from medvlm.models.checkpoint import Checkpoint
 from medvlm.records import Turn, VQAItem
@@ -120,3 +121,39 @@ def test_what_is_read_once_is_shared_and_cuts_no_image(
     assert prompts[0][:length].count(IMAGE) in (0, 3)
     if image_first:
         assert length == len(start) + 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "phi", "stablelm"])
+def test_left_padding_changes_no_token_of_any_decoder(architecture: str) -> None:
+    """Prompts of unequal length in one batch, against transformers' generate with each alone."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    make_config: Any = CONFIG_MAPPING[architecture]
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if architecture != "phi" else 4}
+    marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+    config = make_config(**sizes, **heads, **marks, max_position_embeddings=128)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        decoder: Any = AutoModelForCausalLM.from_config(config).eval()
+    draws = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 97, (length,), generator=draws).tolist() for length in (3, 17, 9, 4, 12)]
+    model: Any = SimpleNamespace(
+        model=SimpleNamespace(language_model=decoder.model),
+        lm_head=decoder.lm_head,
+        get_input_embeddings=decoder.get_input_embeddings,
+        config=SimpleNamespace(image_token_id=-1, get_text_config=lambda: config),
+        device=torch.device("cpu"),
+    )
+    subject = GreedyDecoder(model, pad_id=0, end_ids=[2], max_new_tokens=12, prefixes_kept=4)
+    alone: list[list[int]] = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        with torch.inference_mode():
+            answer = decoder.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=12, do_sample=False)
+        alone.append([token for token in answer[0, len(ids) :].tolist() if token != 2])
+    monkey: Any = subject
+    monkey._embed = lambda ids_BL, features: decoder.get_input_embeddings()(ids_BL)
+    together = subject.decode(prompts, [""] * len(prompts), lambda names: torch.zeros(len(names), 1, 64))
+    assert [one.ids for one in together] == alone
+    assert len({tuple(ids) for ids in alone}) > 3
