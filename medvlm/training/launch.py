@@ -1,4 +1,4 @@
-"""Starts a training stage: in this process, or as several through DeepSpeed's launcher."""
+"""Starts a training stage: in this process, as several through DeepSpeed's launcher, or on a cluster."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from medvlm.config import load_recipe
 from medvlm.errors import TrainingError
 from medvlm.store import Report, Workspace, read_report
+from medvlm.training.cluster import MODULE, SlurmJob, cluster_of_environment, hostfile_command, slurm_script
 from medvlm.training.engine import free_port
 from medvlm.training.run import run_stage
 
@@ -30,7 +31,7 @@ def launch_stage(
     processes: int | None = None,
     fresh: bool = False,
 ) -> Report:
-    """Train one stage of a recipe on this machine.
+    """Train one stage of a recipe, where ``MEDVLM_LAUNCHER`` says: on this machine if nothing does.
 
     Args:
         workspace: Gives samples and start, gets checkpoints and ``report.json``.
@@ -49,11 +50,21 @@ def launch_stage(
     """
     loaded = load_recipe(recipe, overrides)
     number, _ = loaded.stage(stage)
-    count = gpu_count() or 1 if processes is None else processes
-    if count == 1:
-        return run_stage(workspace, loaded, number, fresh=fresh)
+    cluster = cluster_of_environment()
     options = [f"--set={text}" for text in overrides] + (["--fresh"] if fresh else [])
-    _run_launcher(count, [f"--workspace={workspace.root}", f"--recipe={recipe}", f"--stage={number}", *options])
+    root = workspace.root.resolve() if cluster.launcher != "local" else workspace.root
+    arguments = [f"--workspace={root}", f"--recipe={recipe}", f"--stage={number}", *options]
+    if cluster.launcher == "slurm":
+        folder = root / "scratch" / "slurm" / loaded.name / f"stage{number}"
+        name = f"medvlm-{loaded.name}-stage{number}"
+        _refuse(SlurmJob(folder, slurm_script(cluster, name, folder, arguments)).wait(), f"Slurm job {name}")
+    elif cluster.launcher == "hostfile":
+        _run_launcher(hostfile_command(cluster, arguments))
+    else:
+        count = gpu_count() or 1 if processes is None else processes
+        if count == 1:
+            return run_stage(workspace, loaded, number, fresh=fresh)
+        _run_launcher(_local_command(count, arguments))
     report = read_report(workspace.stage(loaded.name, number))
     if report is None:
         raise TrainingError("the job ended without a report", where=str(workspace.root), hint="read its output above")
@@ -70,8 +81,23 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _run_launcher(count: int, arguments: Sequence[str]) -> None:
-    """Run ``deepspeed`` over ``count`` processes of this host and wait; signals go to the job.
+def _local_command(count: int, arguments: Sequence[str]) -> list[str]:
+    """DeepSpeed's launcher over ``count`` processes of this host."""
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        f"--num_gpus={count}",
+        f"--master_port={free_port()}",
+        "--log_level=error",
+        "--module",
+        MODULE,
+        *arguments,
+    ]
+
+
+def _run_launcher(command: Sequence[str]) -> None:
+    """Run DeepSpeed's launcher and wait; signals go to the job.
 
     Raises:
         TrainingError: It ended with another code than 0.
@@ -84,26 +110,19 @@ def _run_launcher(count: int, arguments: Sequence[str]) -> None:
     # More than one host: the launcher exports only what this file names.
     exported = {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
     environment["DS_ENV_FILE"] = str(_environment_file(exported))
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        f"--num_gpus={count}",
-        f"--master_port={free_port()}",
-        "--log_level=error",
-        "--module",
-        "medvlm.training.run",
-        *arguments,
-    ]
     try:
         with subprocess.Popen(command, env=environment, stdout=sys.stderr) as job:
             code = wait_for(job)
     finally:
         Path(environment["DS_ENV_FILE"]).unlink(missing_ok=True)
+    _refuse(code, " ".join(command))
+
+
+def _refuse(code: int, where: str) -> None:
     if code:
         raise TrainingError(
             f"a process of the job ended with code {code}",
-            where=" ".join(command),
+            where=where,
             hint="read its message above; what was saved is kept, the same command goes on from it",
         )
 

@@ -6,11 +6,14 @@ import dagster as dg
 
 from orchestration.assets.datasets import benchmark_items
 from orchestration.assets.training import stage3_checkpoint
-from orchestration.metadata import markdown_table, materialized
+from orchestration.metadata import markdown_table, materialized, picture
 from orchestration.partitions import evaluations
 from orchestration.resources import DvcProject
 
-SHOWN = ("model", "training", "benchmark", "answer_type", "rule", "value", "low", "high", "blind", "gain", "n")
+SHOWN = (
+    "model", "training", "benchmark", "answer_type", "rule", "value", "low", "high", "blind", "gain", "n", "leaked",
+    "clean",
+)  # fmt: skip
 """Columns of the leaderboard that the UI shows."""
 
 
@@ -28,7 +31,10 @@ def _keys(context: dg.AssetExecutionContext) -> tuple[str, str]:
     pool="gpu",
 )
 def benchmark_predictions(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
-    """Greedy answers to a benchmark's test split, with the image and blind (a mean image)."""
+    """Greedy answers of each stage's checkpoint to a benchmark's test split, with the image and blind.
+
+    Blind is a mean image: what the model knows without looking.
+    """
     recipe, benchmark = _keys(context)
     run = project.reproduce(context, f"predict@{recipe}-{benchmark}")
     return materialized(run, project.workspace.predictions(recipe, benchmark))
@@ -45,7 +51,12 @@ def benchmark_scores(context: dg.AssetExecutionContext, project: DvcProject) -> 
     """Every named rule on every slice, with its interval and the blind baseline."""
     recipe, benchmark = _keys(context)
     run = project.reproduce(context, f"score@{recipe}-{benchmark}")
-    return materialized(run, project.workspace.scores(recipe, benchmark))
+    # matplotlib is not for the loading of the definitions.
+    from medvlm.evaluation.plots import score_plots
+
+    plots = score_plots(project.workspace, recipe, benchmark)
+    shown = {title: picture(png, title) for title, png in plots.items()}
+    return materialized(run, project.workspace.scores(recipe, benchmark), shown)
 
 
 @dg.asset(group_name="benchmarks", kinds={"json"}, owners=["team:evaluation"], deps=[benchmark_scores])
