@@ -12,7 +12,9 @@ from medvlm.store import Workspace
 def losses(workspace: Workspace, zero_stage: int) -> list[float]:
     from medvlm.training.run import run_stage
 
-    steps = ["stages.align.max_steps=4", f"stages.align.zero_stage={zero_stage}"]
+    # The language model learns too: the projector alone would leave nothing of it to split.
+    parts = ["stages.align.trains=[projector, language_model]", "stages.align.learning_rate=2e-5"]
+    steps = ["stages.align.max_steps=4", f"stages.align.zero_stage={zero_stage}", *parts]
     report = run_stage(workspace, load_recipe("tiny-llava-med", [*TINY, *steps]), 1)
     return [point["loss"] for point in report.details["curves"]["all"]]
 
