@@ -11,6 +11,7 @@ from orchestration.alerts import Alerts
 from orchestration.assets import benchmarks, datasets, ingest, release, training
 from orchestration.checks import all_checks
 from orchestration.jobs import all_jobs
+from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 from orchestration.schedules import nightly_recheck, weekly_retraining
 from orchestration.sensors import all_sensors
@@ -34,7 +35,7 @@ defs = dg.Definitions(
     schedules=[weekly_retraining, nightly_recheck],
     sensors=all_sensors,
     resources={
-        "project": DvcProject(root=str(PROJECT_ROOT)),
+        "project": DvcProject(root=str(PROJECT_ROOT), launcher=TrainingLauncher.of_environment()),
         "alerts": Alerts(
             webhook=_from_environment("MEDVLM_ALERT_WEBHOOK"),
             smtp=_from_environment("MEDVLM_ALERT_SMTP"),

@@ -14,10 +14,15 @@ from typing import Any
 import dagster as dg
 import yaml
 
-from medvlm.progress import LISTENER_VARIABLE
 from medvlm.settings import Settings, read_settings
 from medvlm.store import Workspace
-from orchestration.progress import LISTENER
+from orchestration.launchers import (
+    TrainingLauncher,
+    default_client,
+    pipes_session,
+    run_in_pod,
+    session_environment,
+)
 
 POLL_S = 0.5
 LAST_LINES = 25
@@ -40,6 +45,7 @@ class DvcProject(dg.ConfigurableResource):
     """The project folder: dvc.yaml, params.yaml and the workspace they name."""
 
     root: str
+    launcher: TrainingLauncher
 
     @property
     def settings(self) -> Settings:
@@ -51,13 +57,14 @@ class DvcProject(dg.ConfigurableResource):
         """The workspace that params.yaml names."""
         return Workspace(Path(self.root) / self.settings.workspace)
 
-    def reproduce(self, context: Any, stage: str, *, watch: bool = False) -> StageRun:
+    def reproduce(self, context: Any, stage: str, *, watch: bool = False, train: bool = False) -> StageRun:
         """Bring one DVC stage up to date: run it if its inputs changed, else leave it.
 
         Args:
             context: Of the asset or check; cancelling its run ends every process of the stage.
             stage: Name in dvc.yaml, such as ``stage1@tiny-llava-med``.
             watch: Open a Pipes session, so that a long job's progress appears in the UI live.
+            train: Run it where the launcher says: other hosts, a Slurm job or a pod.
 
         Raises:
             dagster.Failure: The stage failed; the message ends with the command's own last words.
@@ -65,25 +72,33 @@ class DvcProject(dg.ConfigurableResource):
         self.workspace.ensure()
         before = self._locked(stage)
         # DVC holds its lock for its own bookkeeping only, not while the stage's command runs.
-        self.run(context, ["python", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage], watch=watch)
+        command = ["python", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        if train and self.launcher.kind == "kubernetes":
+            run_in_pod(default_client(), self.launcher, context, Path(self.root), command)
+        else:
+            self.run(context, command, watch=watch, environment=self.launcher.environment if train else {})
         after = self._locked(stage)
         return StageRun(stage, ran=after != before, data_version=_data_version(after))
 
-    def run(self, context: Any, arguments: list[str], *, watch: bool = False) -> None:
+    def run(
+        self, context: Any, arguments: list[str], *, watch: bool = False, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Run a command in the project folder, supervised; its output is passed on as it comes.
 
         Args:
             context: Of the asset, check or op; cancelling its run ends every process of the command.
             arguments: Program and arguments, found in this environment first; never given to a shell.
             watch: Open a Pipes session, so that a long job's progress appears in the UI live.
+            environment: Added to this process's own.
 
         Raises:
             dagster.Failure: It failed; the message ends with the command's own last words.
         """
         with ExitStack() as stack:
-            session = stack.enter_context(_pipes_session(context)) if watch else None
-            environment = {**session.get_bootstrap_env_vars(), LISTENER_VARIABLE: LISTENER} if session else {}
-            command = stack.enter_context(_supervised(Path(self.root), arguments, environment))
+            shared = None if self.launcher.kind == "local" else self.workspace.scratch("pipes")
+            session = stack.enter_context(pipes_session(context, shared)) if watch else None
+            told = {**(environment or {}), **(session_environment(session) if session else {})}
+            command = stack.enter_context(_supervised(Path(self.root), arguments, told))
             seen = 0
             while command.wait(POLL_S) is None:
                 seen = _observe(context, session, seen)
@@ -112,16 +127,6 @@ class DvcProject(dg.ConfigurableResource):
     def _lock(self) -> dict[str, Any]:
         path = Path(self.root) / "dvc.lock"
         return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
-
-
-@contextmanager
-def _pipes_session(context: Any) -> Iterator[dg.PipesSession]:
-    with dg.open_pipes_session(
-        context=context,
-        context_injector=dg.PipesTempFileContextInjector(),
-        message_reader=dg.PipesTempFileMessageReader(),
-    ) as session:
-        yield session
 
 
 def _observe(context: Any, session: dg.PipesSession | None, seen: int) -> int:

@@ -19,7 +19,7 @@ def _train(context: dg.AssetExecutionContext, project: DvcProject, stage: int) -
             allow_retries=False,
         )
     project.reproduce(context, f"recipe@{recipe}")
-    run = project.reproduce(context, f"stage{stage}@{recipe}", watch=True)
+    run = project.reproduce(context, f"stage{stage}@{recipe}", watch=True, train=True)
     return materialized(run, project.workspace.stage(recipe, stage), {"loss": loss_picture(project, recipe, stage)})
 
 

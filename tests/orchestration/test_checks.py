@@ -10,6 +10,7 @@ from medvlm.settings import Settings, write_settings
 from medvlm.store import Report, write_report
 from orchestration.assets.datasets import COMPARED
 from orchestration.checks import experts_balance, no_leaked_images, scores_hold
+from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 
 RECIPE = "tiny-llava-med"
@@ -18,7 +19,7 @@ RECIPE = "tiny-llava-med"
 @pytest.fixture
 def project(tmp_path: Path) -> DvcProject:
     write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
-    return DvcProject(root=str(tmp_path))
+    return DvcProject(root=str(tmp_path), launcher=TrainingLauncher())
 
 
 def run(check: dg.AssetChecksDefinition, project: DvcProject) -> dg.AssetCheckEvaluation:

@@ -14,6 +14,7 @@ from medvlm.store import write_json
 from orchestration.assets.datasets import alignment_dataset, instruct_dataset
 from orchestration.assets.ingest import sample_corpus
 from orchestration.checks import contract_checks
+from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject, StageRun
 
 ASSETS = [alignment_dataset, instruct_dataset, sample_corpus]
@@ -58,7 +59,7 @@ def run(folder: Path, broken: list[str], downstream: dg.AssetsDefinition) -> dg.
     checks = [c for c in contract_checks if next(iter(c.check_keys)).asset_key == dg.AssetKey("alignment_dataset")]
     return dg.materialize(
         [*assets, *checks],
-        resources={"project": Broken(root=str(folder), contracts=broken)},
+        resources={"project": Broken(root=str(folder), launcher=TrainingLauncher(), contracts=broken)},
         raise_on_error=False,
     )
 

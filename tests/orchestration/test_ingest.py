@@ -14,6 +14,7 @@ from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from orchestration.assets.ingest import figure_parts, sample_corpus
 from orchestration.jobs import nightly, rebuild_data
+from orchestration.launchers import TrainingLauncher
 from orchestration.partitions import PART_ROWS, keys_of_list, part_of_key
 from orchestration.resources import DvcProject
 
@@ -31,7 +32,7 @@ class Recording(DvcProject):
 def project(tmp_path: Path) -> Recording:
     ran.clear()
     write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
-    return Recording(root=str(tmp_path))
+    return Recording(root=str(tmp_path), launcher=TrainingLauncher())
 
 
 def fetch_parts(project: Recording, *keys: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
+from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject, StageRun
 
 DVC_YAML = """
@@ -39,7 +40,7 @@ def project(tmp_path: Path) -> DvcProject:
     (tmp_path / "job.py").write_text(JOB)
     write_settings(tmp_path / "params.yaml", with_items(Settings.sample()))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
-    return DvcProject(root=str(tmp_path))
+    return DvcProject(root=str(tmp_path), launcher=TrainingLauncher())
 
 
 def reproduce(project: DvcProject, stage: str, *, watch: bool = False) -> tuple[dg.ExecuteInProcessResult, StageRun]:

@@ -15,6 +15,7 @@ from medvlm.pipeline import with_items
 from medvlm.review import Journal
 from medvlm.settings import Settings, write_settings
 from orchestration.alerts import Alerts
+from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 from orchestration.sensors import failed_checks, failed_runs, inbox_lists, review_decisions
 
@@ -23,7 +24,7 @@ from orchestration.sensors import failed_checks, failed_runs, inbox_lists, revie
 def project(tmp_path: Path) -> DvcProject:
     settings = with_items(Settings.sample()).model_copy(update={"review_threshold": 3})
     write_settings(tmp_path / "params.yaml", settings)
-    return DvcProject(root=str(tmp_path))
+    return DvcProject(root=str(tmp_path), launcher=TrainingLauncher())
 
 
 @pytest.fixture
