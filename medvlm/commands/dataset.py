@@ -171,8 +171,12 @@ def describe(obj: str, target: str, as_json: bool) -> None:
 def split(obj: str, name: str, validation: float, test: float, seed: int, as_json: bool) -> None:
     """Write splits of NAME that never cut through an article or an image.
 
+    For experiments of your own: the recipes train on all samples, as the published systems do, and are tested
+    on benchmarks. The splits are a table of sample_id and split in datasets/NAME/splits, to be joined to the samples.
+
     \b
     medvlm dataset split instruct --validation 0.05
+    medvlm dataset split preference/tiny-stllava-med --test 0.1
     """
     from medvlm.data.split import split_dataset
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from medvlm import RESEARCH_USE_ONLY
 from medvlm.errors import WorkspaceError
 from medvlm.store import Report, Workspace, atomic_path, read_report, shard_paths, write_json
 
-__all__ = ["croissant", "write_card"]
+__all__ = ["croissant", "renew_cards", "write_card"]
 
 TITLES = {
     "alignment": "Alignment samples: figures and their captions",
@@ -68,7 +68,7 @@ _CONTEXT: dict[str, Any] = {
 def write_card(workspace: Workspace, name: str) -> Path:
     """Write ``README.md`` and ``croissant.json`` beside a dataset or benchmark, from its report and its shards.
 
-    Run it again after a leakage report: the card shows the one that is there.
+    The card shows the leakage that is known; a leakage report renews it (``renew_cards``).
 
     Args:
         workspace: Holds the dataset.
@@ -80,15 +80,37 @@ def write_card(workspace: Workspace, name: str) -> Path:
     Raises:
         WorkspaceError: The dataset has not been built.
     """
-    benchmark = workspace.items(name).is_dir()
-    folder = workspace.benchmark(name) if benchmark else workspace.dataset(name)
-    shards = workspace.items(name) if benchmark else workspace.samples(name)
+    folder, shards = _folders(workspace, name)
     report = read_report(folder)
     if report is None or not shards.is_dir():
         raise WorkspaceError(
             f"the dataset {name!r} has not been built", where=str(folder), hint="run 'medvlm dataset build' first"
         )
     write_json(folder / "croissant.json", croissant(name, shards, report))
+    return _write_readme(workspace, name, report)
+
+
+def renew_cards(workspace: Workspace, names: Iterable[str]) -> None:
+    """Write the ``README.md`` of those datasets again that have one, with the leakage that is known by now.
+
+    What does not depend on it stays: no shard is read.
+    """
+    for name in names:
+        folder, _ = _folders(workspace, name)
+        report = read_report(folder)
+        if report is not None and (folder / "README.md").is_file():
+            _write_readme(workspace, name, report)
+
+
+def _folders(workspace: Workspace, name: str) -> tuple[Path, Path]:
+    """Step folder and shards of a dataset or benchmark."""
+    if workspace.items(name).is_dir():
+        return workspace.benchmark(name), workspace.items(name)
+    return workspace.dataset(name), workspace.samples(name)
+
+
+def _write_readme(workspace: Workspace, name: str, report: Report) -> Path:
+    folder, shards = _folders(workspace, name)
     path = folder / "README.md"
     with atomic_path(path) as temporary:
         temporary.write_text(_readme(workspace, name, shards, report), "utf-8")
@@ -173,7 +195,7 @@ def _leakage(workspace: Workspace, name: str) -> str:
         if name in (row["train"].split(":")[0], row["test"].split(":")[0])
     ]
     if not touching:
-        return "Not looked for yet: run `medvlm leakage`, then `medvlm dataset card " + name + "`."
+        return "Not looked for yet: run `medvlm leakage`."
     columns = ("train", "test", "test_images", "leaked_images", "near_images", "clean_items")
     head = ("trained on", "tested on", "test images", "the very image", "near images", "clean questions")
     return _table(head, ([row[column] for column in columns] for row in touching))

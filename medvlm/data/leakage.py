@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 
+from medvlm.data.card import renew_cards
 from medvlm.data.hamming import nearest_within, parse_hashes
 from medvlm.data.traces import Traces, read_release, split_traces, training_sets, workspace_benchmarks
 from medvlm.errors import InputError, WorkspaceError
@@ -181,7 +182,8 @@ def compare_workspace(workspace: Workspace, *, radius: int = NEAR_RADIUS) -> Rep
     """Compare every training set of a workspace with every benchmark's test items.
 
     Training sets are ``alignment``, ``instruct`` and each recipe's preference pairs where they exist,
-    and each benchmark's train split. Writes ``LeakedItem`` records and ``report.json`` to the step folder.
+    and each benchmark's train split. Writes ``LeakedItem`` records and ``report.json`` to the step folder,
+    and what was found into the cards of all sets.
 
     Returns:
         The report; ``details["comparisons"]`` holds one ``Comparison`` for each pair.
@@ -217,7 +219,10 @@ def compare_workspace(workspace: Workspace, *, radius: int = NEAR_RADIUS) -> Rep
         details={"comparisons": [asdict(comparison) for comparison in comparisons]},
         fingerprint=fingerprint(*shard_paths(workspace.leaked_items)),
     )
-    return write_report(workspace.leakage, report, started=started, packages=("numpy", "duckdb"))
+    report = write_report(workspace.leakage, report, started=started, packages=("numpy", "duckdb"))
+    sets = {name.split(":")[0] for row in comparisons for name in (row.train, row.test)}
+    renew_cards(workspace, sorted(sets))
+    return report
 
 
 def leaked_item_ids(

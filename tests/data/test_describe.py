@@ -18,6 +18,7 @@ from medvlm.data.benchmarks import build_benchmark
 from medvlm.data.card import write_card
 from medvlm.data.describe import describe
 from medvlm.data.instruct import build_instruct
+from medvlm.data.leakage import compare_workspace
 from medvlm.data.split import SplitRow, split_dataset, split_rows
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.store import Report, Workspace, read_records, write_report
@@ -141,6 +142,23 @@ def test_the_card_shows_counts_licences_losses_and_leakage(tmp_path: Path) -> No
     assert "| alignment | slake | 96 | 3 | 2 | 1,000 |" in (folder / "README.md").read_text("utf-8")
     with pytest.raises(WorkspaceError, match="'instruct' has not been built"):
         write_card(workspace, "instruct")
+
+
+def test_a_leakage_report_renews_the_cards(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, figure(1))
+    build_alignment(workspace)
+    release = tmp_path / "release"
+    (release / "images").mkdir(parents=True)
+    (release / "images" / "test_1.jpg").write_bytes(figure(3).image.bytes)
+    record = {"img_id": "test_1", "labelf": {"pvqa": [{"yes": 1}]}, "sentf": {"pvqa": ["Is it?"]}}
+    (release / "pvqa_test.json").write_text(json.dumps([record]))
+    build_benchmark(workspace, "pathvqa", release)
+    cards = [folder / "README.md" for folder in (workspace.dataset("alignment"), workspace.benchmark("pathvqa"))]
+    assert all("Not looked for yet" in card.read_text("utf-8") for card in cards)
+    metadata = (workspace.dataset("alignment") / "croissant.json").stat().st_mtime_ns
+    compare_workspace(workspace)
+    assert all("| alignment | pathvqa:test | 1 | 0 | " in card.read_text("utf-8") for card in cards)
+    assert (workspace.dataset("alignment") / "croissant.json").stat().st_mtime_ns == metadata
 
 
 def test_what_comes_of_the_sample_corpus_says_that_it_is_synthetic(tmp_path: Path) -> None:
