@@ -217,10 +217,25 @@ class ReplayBackend:
 
 
 def answer_all(
-    backend: Backend, items: Sequence[VQAItem], journal: AnswerJournal, *, kinds: Sequence[bool], what: str
+    backend: Backend,
+    items: Sequence[VQAItem],
+    journal: AnswerJournal,
+    *,
+    kinds: Sequence[bool],
+    what: str,
+    shown: bool = True,
 ) -> None:
-    """Have a backend answer what a journal does not hold yet."""
+    """Have a backend answer what a journal does not hold yet.
+
+    Args:
+        backend: Answers.
+        items: All of them.
+        journal: Knows which are answered.
+        kinds: Seeing (False), blind (True), or both.
+        what: Stands beside the progress bar.
+        shown: Whether there is one; of several processes one reports for all.
+    """
     for blind in kinds:
         batches = backend.batches(journal.todo(items, blind=blind))
-        for batch in watched(batches, len(batches), f"{what}{', blind' if blind else ''}"):
+        for batch in watched(batches, len(batches), f"{what}{', blind' if blind else ''}") if shown else batches:
             journal.append(backend.answer(batch, blind=blind))

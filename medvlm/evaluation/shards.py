@@ -108,7 +108,8 @@ def answer_shard(shard: Shard, *, rank: int = 0, processes: int = 1) -> None:
         model=shard.model,
     )
     with AnswerJournal.of(Path(shard.journal), shard.inputs, rank=rank) as journal:
-        answer_all(answerer, share, journal, kinds=KINDS, what=f"{shard.benchmark}, {shard.stage}")
+        what = f"{shard.benchmark}, {shard.stage}"
+        answer_all(answerer, share, journal, kinds=KINDS, what=what, shown=rank == 0)
 
 
 def _mean(checkpoint: Checkpoint, images: Iterable[bytes]) -> Tensor:

@@ -22,7 +22,7 @@ from medvlm.store import Workspace, write_records
 
 def die(event: Mapping[str, Any]) -> None:
     """A progress listener of one process of two: it is killed after its first batch."""
-    if os.environ.get("RANK") == "1":
+    if os.environ.get("RANK") == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
