@@ -172,17 +172,17 @@ def _dropped(dropped: Mapping[str, Any]) -> str:
 
 def _kept(report: Report) -> str:
     """What became of images that a benchmark tests with."""
-    if "keep_leaked" not in report.details:
+    if report.step.startswith("build-benchmark"):
         return (
             "The official splits are kept as published. A training stage leaves out images that a benchmark tests "
             "with where its recipe says `keep_leaked: false`; every score has the clean questions beside all of them."
         )
-    if report.details["keep_leaked"]:
+    if report.details.get("keep_leaked"):
         return "Images that a benchmark of this workspace tests with were kept on request: scores say so."
     dropped = report.details.get("dropped", {})
     same, near = (dropped.get(reason, {}).get("count", 0) for reason in ("leaked", "leaked_near"))
     return (
-        f"Images that a benchmark of this workspace tests with were left out: {same:,} rows with the very image, "
+        f"Rows left out because a benchmark of this workspace tests with their image: {same:,} with the very image, "
         f"{near:,} with one that looks like it."
     )
 

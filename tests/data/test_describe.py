@@ -155,6 +155,7 @@ def test_a_leakage_report_renews_the_cards(tmp_path: Path) -> None:
     build_benchmark(workspace, "pathvqa", release)
     cards = [folder / "README.md" for folder in (workspace.dataset("alignment"), workspace.benchmark("pathvqa"))]
     assert all("Not looked for yet" in card.read_text("utf-8") for card in cards)
+    assert ["kept as published" in card.read_text("utf-8") for card in cards] == [False, True]
     metadata = (workspace.dataset("alignment") / "croissant.json").stat().st_mtime_ns
     compare_workspace(workspace)
     assert all("| alignment | pathvqa:test | 1 | 0 | " in card.read_text("utf-8") for card in cards)
