@@ -19,7 +19,7 @@ from medvlm.training.run import run_stage
 
 __all__ = ["gpu_count", "launch_stage", "wait_for"]
 
-_PASSED_ON = ("MEDVLM_", "DAGSTER_PIPES_", "PYTHON")
+_PASSED_ON = ("MEDVLM_", "DAGSTER_PIPES_", "PYTHON", "OMP_", "GLOO_", "NCCL_", "DS_ACCELERATOR")
 
 
 def launch_stage(
