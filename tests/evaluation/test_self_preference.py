@@ -101,7 +101,7 @@ def test_other_settings_do_not_reuse_what_was_written(workspace: Workspace) -> N
     with pytest.raises(KeyboardInterrupt):
         build(workspace, Writer(stop_after=30))
     resumed = Writer()
-    build(workspace, resumed, temperature=1.2)
+    build(workspace, resumed, temperature=0.5)
     assert len(resumed.answered) == 80
 
 
@@ -125,3 +125,22 @@ def test_only_samples_in_the_recipes_language_are_asked_about(workspace: Workspa
     write_records(workspace.samples("instruct"), Sample, [chinese])
     with pytest.raises(InputError, match="no sample in the recipe's language, en"):
         build(workspace, Writer())
+
+
+@pytest.mark.parametrize(("template", "taught"), [("vicuna_v1", False), ("vicuna_v1_sq", True)])
+def test_a_model_without_the_role_is_asked_for_a_question_in_words(
+    monkeypatch: pytest.MonkeyPatch, template: str, taught: bool
+) -> None:
+    from medvlm.evaluation import self_preference
+
+    class Questioner(Writer):
+        def __init__(self, checkpoint: object, **sampling: float) -> None:
+            super().__init__()
+            self.sampling = sampling
+
+    monkeypatch.setattr("medvlm.evaluation.self_question.SelfQuestioner", Questioner)
+    recipe = load_recipe("tiny-llava-med", [f"stages.instruct.template={template}"])
+    checkpoint = SimpleNamespace(metadata={"stage": "instruct"}, recipe=recipe)
+    writer = self_preference._questioner(checkpoint, Asking(max_tokens=7))  # type: ignore[arg-type]
+    (text,) = writer.ask([GenerationRequest(b"1", "<image>\nAsk.", 1)])
+    assert text == ("Which side?" if taught else "the left side of picture 1 1")
