@@ -369,7 +369,7 @@ class Stage(_Section):
 
     def rate(self, part: Part) -> float:
         """The published learning rate of a part."""
-        own: float | None = getattr(self.learning_rates, part)
+        own: float | None = getattr(self.learning_rates, part, None)
         return self.learning_rate if own is None else own
 
     def adapter(self, part: Part) -> Adapter | None:

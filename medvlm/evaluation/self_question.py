@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from medvlm.data.preference import GenerationRequest
+from medvlm.errors import InputError
 from medvlm.models.template import IMAGE_MARK
 from medvlm.records import Turn
 
@@ -50,6 +51,12 @@ def ask(
         InputError: The model was not taught to ask, or an image does not decode.
     """
     writer = SelfQuestioner(checkpoint, temperature=temperature, top_p=top_p)
+    if not writer.can_ask:
+        raise InputError(
+            "this model was not taught to ask questions",
+            where=f"recipe {checkpoint.recipe.name}, stage {checkpoint.metadata['stage']}",
+            hint="take a recipe with self_question_ratio, such as stllava-med, or ask questions of a dataset",
+        )
     numbers = range(len(images)) if seeds is None else seeds
     requests = [GenerationRequest(image, "", seed) for image, seed in zip(images, numbers, strict=True)]
     return writer.ask(requests)
@@ -91,6 +98,11 @@ class SelfQuestioner:
         self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether the model knows the role that asks."""
+        return bool(self._encoder.template.asks)
+
     def answer(self, requests: Sequence[GenerationRequest]) -> list[str]:
         """An answer to each request's prompt.
 
@@ -101,13 +113,16 @@ class SelfQuestioner:
         return self._written(requests, prompts, self._temperature, self._max_new_tokens)
 
     def ask(self, requests: Sequence[GenerationRequest]) -> list[str]:
-        """A question of the model's own about each request's image; its prompt is not used.
+        """A question of the model's own about each request's image.
+
+        The prompts are for a model that has no role that asks: they ask it, as a user would, for a question.
 
         Raises:
-            InputError: The model was not taught to ask, or an image does not decode.
+            InputError: An image does not decode.
         """
+        if not self.can_ask:
+            return self.answer(requests)
         first = f"{IMAGE_MARK}\n{DESCRIBE}"
-        self._encoder.asking_prompt([Turn("user", first), Turn("assistant", "")])
         opening = [self._encoder.prompt(first)] * len(requests)
         described = self._written(requests, opening, 0.0, self._max_new_tokens)
         prompts = [self._encoder.asking_prompt([Turn("user", first), Turn("assistant", text)]) for text in described]

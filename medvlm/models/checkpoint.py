@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from medvlm.config import load_recipe, recipe_yaml
 from medvlm.errors import CheckpointError
@@ -225,13 +225,24 @@ class _SizesOf:
         self.tie_word_embeddings = spec.tied_embeddings
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: dict[str, Any] | None = None) -> None:
+class Saves(Protocol):
+    """What writes files of its own into a folder."""
+
+    def save(self, folder: Path) -> None:
+        """Write them."""
+        ...
+
+
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, state: dict[str, Any] | None = None, adapter: Saves | None = None
+) -> None:
     """Write a checkpoint in place of ``folder``, whole.
 
     Args:
         folder: Gets safetensors, ``config.json``, tokenizer, processor, ``recipe.yaml``, ``metadata.json``.
         checkpoint: What is written.
         state: The weights, where the model itself holds only a part of them (ZeRO-3).
+        adapter: Kept in ``adapter/``; the weights hold it already.
 
     Raises:
         WorkspaceError: The disk is full or read-only; what was there before stays.
@@ -241,6 +252,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, state: dict[str, An
         checkpoint.tokenizer.save_pretrained(temporary)
         checkpoint.processor.save(temporary)
         (temporary / "recipe.yaml").write_text(recipe_yaml(checkpoint.recipe), "utf-8")
+        if adapter is not None:
+            adapter.save(temporary / "adapter")
         write_json(temporary / "metadata.json", checkpoint.metadata)
 
 

@@ -97,18 +97,11 @@ class ConversationEncoder:
     def asking_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation that ends with an answer, up to where the model asks a question itself.
 
-        Raises:
-            InputError: The template has no role that asks.
+        Args:
+            turns: User and assistant in turn; the template must have a role that asks.
         """
-        if not self.template.asks:
-            raise InputError(
-                "this model was not taught to ask questions",
-                where="the stage's template",
-                hint="take a recipe with self_question_ratio, such as stllava-med, or ask questions of a dataset",
-            )
-        # Where it stands in training, the role's mark follows the end of an answer: the same tokens here.
-        last = Turn("user", "")
-        ids, labels = self._tokens([*turns, last], {len(turns)})
+        # As it stands in training, with a question that is then cut off: the same tokens up to it.
+        ids, labels = self._tokens([*turns, Turn("user", "")], {len(turns)})
         return ids[: _last_run(labels)]
 
     def _check(self, turns: Sequence[Turn], sample_id: str) -> None:
@@ -216,7 +209,8 @@ def collate(
     Returns:
         ``input_ids``, ``labels`` and what ``packed_batch`` adds; ``pixel_values`` (N, 3, H, W) or ``image_features``
         (N, P, V), one for each sequence in reading order; ``sample_ids``, a list for each of ``rows``; ``spans``, for
-        each row of the batch which of ``rows`` its stretches of tokens are of and how long they are.
+        each row of the batch which of ``rows`` its stretches of tokens are of and how long they are; and, of
+        preference pairs, whose two answers are a row's sequences, ``reference`` (rows, 2) where it is known.
     """
     import torch
 
@@ -226,6 +220,8 @@ def collate(
     images = [sequences[i][1] for row in places for i in row]
     owners = [index for index, row in enumerate(rows) for _ in row["sequences"]]
     source, name = ("features", "image_features") if "features" in rows[0] else ("pixels", "pixel_values")
+    if "reference" in rows[0]:
+        batch["reference"] = torch.tensor([row["reference"] for row in rows])
     return {
         **batch,
         name: torch.stack([row[source] for row in images]),

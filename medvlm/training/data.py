@@ -19,7 +19,7 @@ from medvlm.errors import InputError, TrainingError
 from medvlm.models.template import IMAGE_MARK
 from medvlm.models.vision import ImageProcessor
 from medvlm.recipe_schema import Recipe, Stage
-from medvlm.records import Sample, Turn, VQAItem, from_row
+from medvlm.records import PreferencePair, Sample, Turn, VQAItem, from_row
 from medvlm.store import Workspace, fingerprint, read_json, read_report, shard_paths
 from medvlm.training.collate import ConversationEncoder, self_questions
 from medvlm.training.packing import Encoded, share_prefix
@@ -58,18 +58,17 @@ class StageSample:
     shard: Path
     row: int
     modality: str = "unknown"
-
-
-def data_folder(workspace: Workspace, stage: Stage, target: str) -> Path:
-    """Folder of the shards that a stage reads for a target."""
-    return workspace.items(target) if stage.data == "benchmarks" else workspace.samples(stage.data)
+    rejected: str = ""
+    """Of a preference pair, the answer that was not chosen; ``turns`` hold the chosen one."""
 
 
 def data_folders(workspace: Workspace, recipe: Recipe, stage: Stage, target: str) -> list[Path]:
     """Folders of all shards of one training job; several where benchmarks are learned together."""
-    if stage.data == "benchmarks" and target == "all":
-        return [data_folder(workspace, stage, name) for name in recipe.benchmarks]
-    return [data_folder(workspace, stage, target)]
+    if stage.data == "benchmarks":
+        return [workspace.items(name) for name in (recipe.benchmarks if target == "all" else [target])]
+    if stage.data == "preference":
+        return [workspace.preference_pairs(recipe.name)]
+    return [workspace.samples(stage.data)]
 
 
 def data_fingerprint(folders: Sequence[Path], left_out: Collection[str] = ()) -> str:
@@ -78,32 +77,40 @@ def data_fingerprint(folders: Sequence[Path], left_out: Collection[str] = ()) ->
     return fingerprint(*[path for folder in folders for path in shard_paths(folder)], *without)
 
 
-def check_contract(workspace: Workspace, stage: Stage) -> None:
+def check_contract(workspace: Workspace, stage: Stage, recipe: str = "") -> None:
     """Refuse a dataset that broke its contract; one that was never checked passes.
+
+    Args:
+        workspace: Holds the contracts' results.
+        stage: Says which dataset.
+        recipe: Whose preference pairs, for a stage that learns from them.
 
     Raises:
         TrainingError: The last result says that the contract is broken.
     """
-    name = _contract(stage)
+    name = _contract(stage, recipe)
     result = workspace.contract(name) / "result.json"
     if result.is_file() and read_json(result).get("success") is False:
         raise TrainingError(
             f"the dataset does not hold the contract {name!r}",
             where=str(result),
-            hint=f"read what broke there, mend the data and run 'python -m data_contracts {name}' again",
+            hint="read what broke there, mend the data and run 'python -m data_contracts "
+            f"{f'preference --recipe {recipe}' if stage.data == 'preference' else name}' again",
         )
 
 
-def _contract(stage: Stage) -> str:
+def _contract(stage: Stage, recipe: str) -> str:
+    if stage.data == "preference":
+        return f"preference/{recipe}"
     return "benchmark-items" if stage.data == "benchmarks" else stage.data
 
 
-def quarantined_rows(workspace: Workspace, stage: Stage) -> frozenset[str]:
+def quarantined_rows(workspace: Workspace, stage: Stage, recipe: str = "") -> frozenset[str]:
     """Ids of the rows that broke a row-level rule of the stage's contract, as tolerated: they do not train.
 
     Of benchmarks an id is ``<benchmark>/<item_id>``. Rules that only warn quarantine nothing here.
     """
-    folder = workspace.contract(_contract(stage))
+    folder = workspace.contract(_contract(stage, recipe))
     if not (folder / "result.json").is_file() or not (folder / "quarantine.parquet").is_file():
         return frozenset()
     checks: list[dict[str, Any]] = read_json(folder / "result.json")["checks"]
@@ -120,15 +127,15 @@ def leaked_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path]) -> 
     """
     benchmarks = stage.data == "benchmarks"
     keep = benchmarks if stage.keep_leaked is None else stage.keep_leaked
-    report = None if keep or benchmarks else read_report(workspace.dataset(stage.data))
+    report = None if keep or benchmarks else read_report(folders[0].parent)
     if keep or not (benchmarks or (report and report.details.get("keep_leaked"))):
         return frozenset()
     return leaked_images(workspace, folders)
 
 
-def left_out_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path]) -> frozenset[str]:
+def left_out_rows(workspace: Workspace, stage: Stage, folders: Sequence[Path], recipe: str = "") -> frozenset[str]:
     """What of the data a stage does not learn from: ids of rows and SHA-256 of images."""
-    return quarantined_rows(workspace, stage) | leaked_rows(workspace, stage, folders)
+    return quarantined_rows(workspace, stage, recipe) | leaked_rows(workspace, stage, folders)
 
 
 def stage_samples(
@@ -146,7 +153,7 @@ def stage_samples(
         stage,
         recipe.seed,
         language=recipe.language,
-        quarantined=quarantined_rows(workspace, stage),
+        quarantined=quarantined_rows(workspace, stage, recipe.name),
         leaked=leaked_rows(workspace, stage, folders),
         left_out=counts,
     )
@@ -166,7 +173,7 @@ def read_stage_samples(
     """The samples that a stage learns from, in the order of their shards.
 
     Args:
-        folders: Of ``Sample`` records, or of ``VQAItem`` records, whose train split is taken.
+        folders: Of ``Sample`` or ``PreferencePair`` records, or of ``VQAItem`` records, whose train split is taken.
         stage: ``data`` says which; ``max_samples`` draws a part.
         seed: Of that draw.
         language: Only samples in it; None for all. A benchmark's items are taken in theirs: its name chose it.
@@ -192,7 +199,8 @@ def read_stage_samples(
                 samples += _stage_samples(record, path, row)
     if not samples:
         left = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(counts.items()))
-        build = "dataset build-benchmark NAME" if stage.data == "benchmarks" else f"dataset build {stage.data}"
+        commands = {"benchmarks": "build-benchmark NAME", "preference": "build-preference --recipe NAME"}
+        build = f"dataset {commands.get(stage.data, f'build {stage.data}')}"
         raise InputError(
             f"there is nothing to learn in stage {stage.name}: no training samples"
             + (f" in the recipe's language, {language}" if language else "")
@@ -206,9 +214,13 @@ def read_stage_samples(
     return samples
 
 
-def _shard_records(path: Path, stage: Stage) -> Iterator[tuple[Sample | VQAItem, int]]:
+_Record = Sample | VQAItem | PreferencePair
+_KINDS: dict[str, type[_Record]] = {"benchmarks": VQAItem, "preference": PreferencePair}
+
+
+def _shard_records(path: Path, stage: Stage) -> Iterator[tuple[_Record, int]]:
     """The records of a shard without their images, and their rows."""
-    kind = VQAItem if stage.data == "benchmarks" else Sample
+    kind = _KINDS.get(stage.data, Sample)
     with pq.ParquetFile(path) as shard:
         names = [name for name in shard.schema_arrow.names if name != "image"]
         row = 0
@@ -219,16 +231,23 @@ def _shard_records(path: Path, stage: Stage) -> Iterator[tuple[Sample | VQAItem,
                 row += 1
 
 
-def _trains(record: Sample | VQAItem) -> bool:
-    return isinstance(record, Sample) or record.split == "train"
+def _trains(record: _Record) -> bool:
+    return not isinstance(record, VQAItem) or record.split == "train"
 
 
-def _row_id(record: Sample | VQAItem) -> str:
+def _row_id(record: _Record) -> str:
     """As the quarantine names the row."""
+    if isinstance(record, PreferencePair):
+        return record.pair_id
     return f"{record.benchmark}/{record.item_id}" if isinstance(record, VQAItem) else record.sample_id
 
 
-def _stage_samples(record: Sample | VQAItem, path: Path, row: int) -> Iterator[StageSample]:
+def _stage_samples(record: _Record, path: Path, row: int) -> Iterator[StageSample]:
+    if isinstance(record, PreferencePair):
+        # The question, then the image: as the answers were asked for, and as benchmarks ask.
+        turns = (Turn("user", f"{record.question}\n{IMAGE_MARK}"), Turn("assistant", record.chosen))
+        yield StageSample(record.pair_id, record.image_sha256, turns, path, row, record.rejected)
+        return
     for sample in finetune_samples([record]) if isinstance(record, VQAItem) else [record]:
         yield StageSample(sample.sample_id, sample.image_sha256, sample.turns, path, row, sample.modality)
 
@@ -305,7 +324,8 @@ class StagePlan:
         self._batch = stage.global_batch
         self._seed = seed
         self._ratio = stage.self_question_ratio
-        self._lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
+        # A pair counts with both answers: grouped by the chosen one alone, batches would hold one kind of choice.
+        self._lengths = [sum(len(turn.text) for turn in s.turns) + len(s.rejected) for s in samples]
         groups: dict[str, list[int]] = {}
         for index, sample in enumerate(samples):
             groups.setdefault(sample.image_sha256 if self._per_image > 1 else str(index), []).append(index)
@@ -359,10 +379,12 @@ class TrainingSet:
         shared_prefix: bool = True,
     ) -> None:
         self._shared_prefix = shared_prefix and plan.stage.speed.shared_prefix
-        self._samples = samples
+        self.samples = samples
         self._plan = plan
         self._encoder = encoder
         self._images = images
+        self.references: dict[str, tuple[float, float]] = {}
+        """Of preference pairs, by id: log-probabilities of both answers before training."""
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -373,16 +395,33 @@ class TrainingSet:
         Raises:
             InputError: Its image does not decode or its turns are malformed; the sample is named.
         """
-        samples = [self._samples[index] for index in self._plan[position]]
+        samples = [self.samples[index] for index in self._plan[position]]
+        return self.row(samples, position // self._plan.sequences_per_epoch)
+
+    def row(self, samples: Sequence[StageSample], epoch: int = 0) -> dict[str, Any]:
+        """Samples of one image for ``collate``, with a preference pair's reference once it is known.
+
+        Raises:
+            InputError: As for any row.
+        """
         image = self._images(samples[0])
-        return {
-            "sequences": self.sequences(samples, position // self._plan.sequences_per_epoch),
+        reference = self.references.get(samples[0].sample_id)
+        row = {
+            "sequences": self.sequences(samples, epoch),
             ("pixels" if image.ndim == 3 else "features"): image,
             "sample_ids": [sample.sample_id for sample in samples],
         }
+        return row if reference is None else {**row, "reference": reference}
 
     def sequences(self, samples: Sequence[StageSample], epoch: int = 0) -> list[Encoded]:
-        """Samples of one image as the stage's ``image_sharing`` has it: one conversation, or apart from each other."""
+        """Samples of one image as the stage's ``image_sharing`` has it: one conversation, or apart from each other.
+
+        Of a preference pair, the chosen answer and the rejected one.
+        """
+        if samples[0].rejected:
+            (pair,) = samples
+            answers = (pair.turns, (*pair.turns[:-1], Turn("assistant", pair.rejected)))
+            return [self._encoder.encode(turns, pair.sample_id) for turns in answers]
         if self._plan.stage.image_sharing == "turns":
             return [self.encode(samples, epoch)]
         apart = [self.encode([sample], epoch) for sample in samples]

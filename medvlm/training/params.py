@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from medvlm.recipe_schema import Part, Recipe, Stage
+from medvlm.training import lora
+from medvlm.training.lora import is_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,9 +53,11 @@ def is_feed_forward(name: str) -> bool:
 
 
 def freeze(model: nn.Module, stage: Stage) -> None:
-    """Let gradients reach exactly the parts that the stage trains."""
+    """Let gradients reach exactly the parts that the stage trains, or their adapters."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learned_part(name, stage) in stage.trains)
+        part = learned_part(name, stage)
+        through_adapter = stage.adapter(part) is not None
+        parameter.requires_grad_(part in stage.trains and is_adapter(name) == through_adapter)
 
 
 def rate_ratio(recipe: Recipe, part: Part) -> float:
@@ -64,23 +68,36 @@ def rate_ratio(recipe: Recipe, part: Part) -> float:
     return tower.reference_width / tower.hidden_size
 
 
+def _rate(name: str, part: Part, recipe: Recipe, stage: Stage) -> float:
+    """The rate of one parameter at this size."""
+    adapter = stage.adapter(part)
+    if adapter is None:
+        return stage.rate(part) * rate_ratio(recipe, part)
+    matrix = "lora_A" if ".lora_A." in name else "lora_B"
+    return stage.rate(part) * lora.rate_ratio(recipe, part, adapter, matrix)
+
+
 def parameter_groups(model: nn.Module, recipe: Recipe, stage: Stage) -> list[dict[str, Any]]:
-    """Optimiser groups: a part's matrices with weight decay, its biases and norms without."""
+    """Optimiser groups: a part's matrices with weight decay, its biases and norms without.
+
+    An adapter's two matrices have a group each, as their rates differ (``medvlm.training.lora.rate_ratio``).
+    """
     groups: list[dict[str, Any]] = []
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for part in stage.trains:
-        rate = stage.learning_rate * rate_ratio(recipe, part)
-        # ZeRO-3 empties a parameter's shape and keeps the real one in ds_shape.
-        for decayed in (True, False):
-            parameters = [
-                parameter
-                for name, parameter in named
-                if learned_part(name, stage) == part
-                and (len(getattr(parameter, "ds_shape", parameter.shape)) > 1) == decayed
-            ]
-            if parameters:
-                decay = stage.weight_decay if decayed else 0.0
-                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+        members = [(name, parameter) for name, parameter in named if learned_part(name, stage) == part]
+        for rate in dict.fromkeys(_rate(name, part, recipe, stage) for name, _ in members):
+            # ZeRO-3 empties a parameter's shape and keeps the real one in ds_shape.
+            for decayed in (True, False):
+                parameters = [
+                    parameter
+                    for name, parameter in members
+                    if _rate(name, part, recipe, stage) == rate
+                    and (len(getattr(parameter, "ds_shape", parameter.shape)) > 1) == decayed
+                ]
+                if parameters:
+                    decay = stage.weight_decay if decayed else 0.0
+                    groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
     return groups
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["run_stage"]
 
 _CURVE_POINTS = 500
+_REWARDS = ("preference_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
 
     started = time.monotonic()
     stage = recipe.stages[stage_number - 1]
-    check_contract(workspace, stage)
+    check_contract(workspace, stage, recipe.name)
     engine = choose_engine(recipe, stage)
     jobs = [_job(workspace, recipe, stage_number, target, engine) for target in recipe.targets(stage_number)]
     if engine.rank == 0:
@@ -115,7 +116,11 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
         step=f"train {recipe.name} stage {stage_number}",
         counts=_sum_counts([result.counts for result in results.values()]),
         metrics={
-            **{f"loss_{target}" if target != "all" else "loss": r.loss for target, r in results.items()},
+            **{
+                f"{name}_{target}" if target != "all" else name: value
+                for target, result in results.items()
+                for name, value in _final(result.curve).items()
+            },
             **_expert_metrics(results),
         },
         details={
@@ -143,7 +148,7 @@ def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine:
 
     stage = recipe.stages[number - 1]
     folders = data_folders(workspace, recipe, stage, target)
-    data = data_fingerprint(folders, left_out_rows(workspace, stage, folders))
+    data = data_fingerprint(folders, left_out_rows(workspace, stage, folders, recipe.name))
     start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
     parts = [start, target]
     if stage.name == "moe_tune":
@@ -227,11 +232,13 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
     from medvlm.training.data import PixelStore, StagePlan, TrainingSet, stage_samples
+    from medvlm.training.lora import attach, detach, take_adapter
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
     samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
     start = _start(job, samples)
+    attach(start.model, job.recipe, stage)
     freeze(start.model, stage)
     if not stage.speed.loss_at_labels:
         start.model.head_tokens = None
@@ -246,7 +253,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         "other_language": left_out["other_language"],
         "leaked": left_out["leaked"],
         "steps": plan.steps,
-        "truncated": sum(encoder.encode(s.turns, s.sample_id).cut > 0 for s in samples),
+        "truncated": sum(any(e.cut for e in training_set.sequences([sample])) for sample in samples),
         **parameter_counts(start.model),
     }
     load = None
@@ -260,8 +267,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     finally:
         # Else transformers would shard every model that this process builds or loads from now on (ZeRO-3).
         unset_hf_deepspeed_config()
-    tail = curve[-max(1, len(curve) // 20) :]
-    loss = round(sum(point["loss"] for point in tail) / len(tail), 6)
+    final = _final(curve)
     experts = None if load is None else load.summary()
     if job.engine.rank == 0:
         metadata = {
@@ -271,14 +277,23 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
             "target": job.target,
             "seed": job.recipe.seed,
             "git_commit": git_commit(),
-            "metrics": {"loss": loss},
+            "metrics": final,
             "counts": counts,
             "curve": curve,
             **({"experts": experts} if experts else {}),
         }
-        save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=state)
+        weights, adapter = take_adapter(state, stage)
+        detach(start.model)
+        save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=weights, adapter=adapter)
         job.scratch.remove()
-    return _Trained(counts, curve, loss, experts)
+    return _Trained(counts, curve, final["loss"], experts)
+
+
+def _final(curve: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Loss, and what else the objective measures, over the last twentieth of the curve."""
+    tail = curve[-max(1, len(curve) // 20) :]
+    names = [name for name in ("loss", *_REWARDS) if name in tail[-1]]
+    return {name: round(sum(point[name] for point in tail) / len(tail), 6) for name in names}
 
 
 def _fit(
@@ -291,6 +306,7 @@ def _fit(
 
     quiet_libraries()
     from medvlm.training.collate import collate
+    from medvlm.training.preference import reference_log_probabilities
     from medvlm.training.tracking import tracked
     from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
 
@@ -310,6 +326,22 @@ def _fit(
     progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
     checkpoints = job.recipe.checkpoints
     pad_id: Any = start.tokenizer.pad_token_id
+    dpo = job.stage.objective == "dpo"
+    batched = functools.partial(
+        collate,
+        pad_id=pad_id,
+        # A pair's two answers stand side by side, each in a row of its own.
+        packing=job.stage.speed.packing and not dpo,
+        varlen=job.engine.attention == "flash_attention_2" and not dpo,
+    )
+    if dpo:
+        training_set.references = reference_log_probabilities(
+            scratch.folder / "references.json",
+            start.model,
+            training_set.samples,
+            lambda pairs: batched([training_set.row([pair]) for pair in pairs]),
+            job.engine,
+        )
     first_step = latest[0] if latest else 0
     with StopCallback() as stop, tracked(job.logs, first_step=first_step, rank=job.engine.rank) as trackers:
         trainer = StageTrainer(
@@ -319,12 +351,7 @@ def _fit(
             model=start.model,
             args=arguments,
             train_dataset=training_set,
-            data_collator=functools.partial(
-                collate,
-                pad_id=pad_id,
-                packing=job.stage.speed.packing,
-                varlen=job.engine.attention == "flash_attention_2",
-            ),
+            data_collator=batched,
             # What belongs into a checkpoint is written before the checkpoint is marked as complete.
             callbacks=[
                 progress,
@@ -350,7 +377,7 @@ def _fit(
         )
     curve = [
         {"step": entry["step"], "loss": entry["loss"], "lr": entry["learning_rate"]}
-        | ({"expert_balance": entry["expert_balance"]} if "expert_balance" in entry else {})
+        | {name: entry[name] for name in ("expert_balance", *_REWARDS) if name in entry}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]

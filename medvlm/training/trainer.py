@@ -17,7 +17,7 @@ from medvlm.errors import NonFiniteLoss
 from medvlm.progress import report_progress
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.training.expert_load import ExpertLoad
-from medvlm.training.objectives import OBJECTIVES
+from medvlm.training.objectives import objective_of
 from medvlm.training.params import parameter_groups
 from medvlm.training.resume import Scratch
 
@@ -45,7 +45,8 @@ class StageTrainer(Trainer):
         self._recipe = recipe
         self._stage = stage
         self._scratch = scratch
-        self._objective = OBJECTIVES[stage.objective]
+        self._objective = objective_of(stage)
+        self._measures: dict[str, list[float]] = {}
         self._expert_load = expert_load
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -66,7 +67,10 @@ class StageTrainer(Trainer):
         """
         sample_ids = inputs.pop("sample_ids")
         spans = inputs.pop("spans", None)
-        loss = self._objective(model, inputs, num_items_in_batch)
+        result = self._objective(model, inputs, num_items_in_batch)
+        loss, measures = result if isinstance(result, tuple) else (result, {})
+        for name, value in measures.items():
+            self._measures.setdefault(name, []).append(value)
         if self._expert_load is not None and spans is not None:
             self._expert_load.add(spans, sample_ids)
         if not torch.isfinite(loss):
@@ -82,9 +86,14 @@ class StageTrainer(Trainer):
         return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the balance of the experts where there are some."""
+        """Log, with the balance of the experts where there are some, and the means of what the objective measured."""
         if self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.recent()}
+        if "loss" in logs and self._measures:
+            own = torch.tensor([sum(values) / len(values) for values in self._measures.values()])
+            means: Any = self.accelerator.reduce(own.to(self.accelerator.device), "mean")
+            logs = {**logs, **dict(zip(self._measures, means.tolist(), strict=True))}
+            self._measures = {}
         super().log(logs, start_time)
 
 

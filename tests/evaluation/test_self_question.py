@@ -92,3 +92,9 @@ def test_a_model_that_was_not_taught_to_ask_refuses() -> None:
     with pytest.raises(InputError, match="not taught to ask") as caught:
         ask(checkpoint(), IMAGES)
     assert "self_question_ratio" in caught.value.hint
+
+
+def test_a_model_without_the_role_is_asked_as_a_user_would() -> None:
+    writer = SelfQuestioner(checkpoint(), temperature=1.0, max_new_tokens=8)
+    requests = [GenerationRequest(IMAGES[0], "<image>\nWrite a question.", 5)]
+    assert not writer.can_ask and writer.ask(requests) == writer.answer(requests)
