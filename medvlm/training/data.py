@@ -246,7 +246,7 @@ def _stage_samples(record: _Record, path: Path, row: int) -> Iterator[StageSampl
     if isinstance(record, PreferencePair):
         # The question, then the image: as the answers were asked for, and as benchmarks ask.
         turns = (Turn("user", f"{record.question}\n{IMAGE_MARK}"), Turn("assistant", record.chosen))
-        yield StageSample(record.pair_id, record.image_sha256, turns, path, row, record.rejected)
+        yield StageSample(record.pair_id, record.image_sha256, turns, path, row, rejected=record.rejected)
         return
     for sample in finetune_samples([record]) if isinstance(record, VQAItem) else [record]:
         yield StageSample(sample.sample_id, sample.image_sha256, sample.turns, path, row, sample.modality)
