@@ -10,6 +10,7 @@ import medvlm
 from orchestration.alerts import Alerts
 from orchestration.assets import benchmarks, datasets, ingest, release, training
 from orchestration.checks import all_checks
+from orchestration.executors import executor_of_environment
 from orchestration.jobs import all_jobs
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
@@ -34,6 +35,7 @@ defs = dg.Definitions(
     jobs=all_jobs,
     schedules=[weekly_retraining, nightly_recheck],
     sensors=all_sensors,
+    executor=executor_of_environment(),
     resources={
         "project": DvcProject(root=str(PROJECT_ROOT), launcher=TrainingLauncher.of_environment()),
         "alerts": Alerts(
