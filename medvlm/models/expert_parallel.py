@@ -68,7 +68,6 @@ class ParallelMoELayer(nn.Module):
     def __init__(self, layer: MoELayer, size: int) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE as DeepSpeedMoE
-        from deepspeed.utils import groups
 
         experts, width = layer.router.weight.shape
         if experts % size:
@@ -87,7 +86,7 @@ class ParallelMoELayer(nn.Module):
         self.spread.set_deepspeed_parallelism()
         self._gate = [gate]  # in a list: it is a part of the exchange already
         own = experts // size
-        first = own * groups._get_expert_parallel_rank(self.spread.expert_group_name)
+        first = own * dist.get_rank(self.spread.deepspeed_moe.ep_group)
         for index, expert in enumerate(self.spread.deepspeed_moe.experts.deepspeed_experts):
             expert.load_state_dict(layer.experts[first + index].state_dict())
 
