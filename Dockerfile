@@ -21,7 +21,7 @@ COPY dashboards dashboards
 RUN pip install --no-cache-dir -c constraints.txt ".[kubernetes,mlflow,postgres,s3]" \
     && useradd --create-home --uid 1000 medvlm
 
-USER medvlm
+USER 1000
 # The project folder (dvc.yaml, params.yaml, workspace) is a volume, mounted here and named by MEDVLM_PROJECT.
 ENV MEDVLM_PROJECT=/project DVC_NO_ANALYTICS=1
 WORKDIR /project

@@ -61,6 +61,7 @@ lint: install-test
 	pyright
 	lint-imports
 	dg check defs
+	hadolint Dockerfile
 
 test: lint
 	pytest
