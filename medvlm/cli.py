@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "medvlm.commands.train_router:train_router",
         "Train the domain router of a mixture of experts, between stages 2 and 3.",
     ),
+    "export": ("medvlm.commands.export:export", "Write a checkpoint as stock LLaVA, which vLLM and others serve."),
     "predict": ("medvlm.commands.predict:predict", "Answer a benchmark with a checkpoint, with and without the image."),
     "score": ("medvlm.commands.score:score", "Score predictions under every named rule."),
     "compare": ("medvlm.commands.compare:compare", "Compare two models' answers, pair by pair."),
