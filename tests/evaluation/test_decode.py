@@ -12,6 +12,7 @@ from checkpoint_factory import RECIPE, pictured_item, tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medvlm.config import recipe_names
 from medvlm.evaluation.answerer import Answerer
 from medvlm.evaluation.decode import GreedyDecoder, common_prefix
 from medvlm.evaluation.prompts import PromptStyle, prompt_orders, prompt_style
@@ -24,7 +25,9 @@ ITEMS = [pictured_item(i, answer="yes" if i % 2 else "a lesion") for i in range(
 
 def generated(checkpoint: Checkpoint, style: PromptStyle, item: VQAItem) -> str:
     """The answer of transformers' generate to one prompt, its image encoded for it alone."""
-    encoder = ConversationEncoder(RECIPE, checkpoint.tokenizer, RECIPE.stages[2].template, 512)
+    recipe = checkpoint.recipe
+    positions = recipe.model.language_model.max_positions
+    encoder = ConversationEncoder(recipe, checkpoint.tokenizer, recipe.stages[2].template, positions)
     ids = torch.tensor([encoder.prompt(style.prompt(item))])
     model: Any = checkpoint.model.eval()
     with torch.inference_mode():
@@ -32,7 +35,7 @@ def generated(checkpoint: Checkpoint, style: PromptStyle, item: VQAItem) -> str:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=checkpoint.processor(item.image.bytes)[None],
-            max_new_tokens=RECIPE.decoding.max_new_tokens,
+            max_new_tokens=recipe.decoding.max_new_tokens,
             do_sample=False,
         )
     return checkpoint.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
@@ -48,6 +51,16 @@ def test_every_batch_size_gives_exactly_what_one_prompt_alone_gets(order: str) -
         subject = Answerer(checkpoint, "finetune", style=style, batch_size=size, likelihoods=size == 4)
         answers = {p.item_id: p.text for batch in subject.batches(ITEMS) for p in subject.answer(batch)}
         assert answers == alone
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("tiny-")])
+def test_every_twin_answers_in_a_batch_as_alone(name: str) -> None:
+    checkpoint = tiny_checkpoint(name)
+    style = prompt_style("vqa-rad", order="image_first" if checkpoint.recipe.model.image_first else None)
+    subject = Answerer(checkpoint, checkpoint.recipe.stages[2].name, style=style)
+    answers = {p.item_id: p.text for batch in subject.batches(ITEMS) for p in subject.answer(batch)}
+    assert answers == {item.item_id: generated(checkpoint, style, item) for item in ITEMS}
+    assert len(set(answers.values())) > 3
 
 
 def test_a_sequence_that_has_ended_leaves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
