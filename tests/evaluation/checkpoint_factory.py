@@ -19,13 +19,13 @@ RECIPE = load_recipe("tiny-llava-med")
 
 
 @functools.cache
-def tiny_checkpoint() -> Checkpoint:
+def tiny_checkpoint(name: str = RECIPE.name) -> Checkpoint:
     """Random weights: it says something, and not the same of everything."""
-    tokenizer = train_tokenizer(RECIPE, ["What is shown in this very picture?", "A lesion", "Yes"] * 3)
-    processor = ImageProcessor.of(RECIPE.model.vision_tower)
-    return Checkpoint(
-        build_model(RECIPE, tokenizer), tokenizer, processor, RECIPE, {"stage": "finetune", "fingerprint": "f"}
-    )
+    recipe = load_recipe(name)
+    tokenizer = train_tokenizer(recipe, ["What is shown in this very picture?", "A lesion", "Yes"] * 3)
+    metadata = {"stage": "finetune", "fingerprint": "f"}
+    processor = ImageProcessor.of(recipe.model.vision_tower)
+    return Checkpoint(build_model(recipe, tokenizer), tokenizer, processor, recipe, metadata)
 
 
 def picture(index: int) -> bytes:
