@@ -47,8 +47,15 @@ def curves_of(workspace: Workspace, recipe: str) -> Iterator[Curve]:
         curves: dict[str, list[dict[str, float]]] = report.details.get("curves", {}) if report else {}
         for target, points in curves.items():
             if report and points:
-                yield Curve(recipe, stage, _shown(target), True, report, pd.DataFrame(points))
+                pace: list[dict[str, float]] = report.details.get("pace", {}).get(target, [])
+                yield Curve(recipe, stage, _shown(target), True, report, _with_pace(points, pace))
         yield from _unfinished(workspace, recipe, stage)
+
+
+def _with_pace(points: list[dict[str, float]], pace: list[dict[str, float]]) -> pd.DataFrame:
+    """Points with throughput and memory beside the loss, where they were measured."""
+    table = pd.DataFrame(points)
+    return table.merge(pd.DataFrame(pace), on="step", how="left") if pace else table
 
 
 def _unfinished(workspace: Workspace, recipe: str, stage: int) -> Iterator[Curve]:

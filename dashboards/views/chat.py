@@ -222,8 +222,9 @@ def _judge(talk: Conversation, number: int, sampling: Sampling) -> None:
             arguments = (talk, number, chosen, rejected, said)
             st.button(label, key=f"thumb-{number}-{key}", on_click=_prefer, args=arguments)
         if len(given) == 1 and number not in talk.other:
-            st.button("👍", key=f"like-{number}", on_click=_like, args=(talk, number), help="Compare it with another")
-        with st.popover("👎" if len(given) == 1 else "Write a better answer", help="Write a better answer"):
+            up = {"icon": ":material/thumb_up:", "help": "Compare it with another answer of this model"}
+            st.button("Good", key=f"like-{number}", on_click=_like, args=(talk, number), **up)
+        with st.popover("Write a better answer", icon=":material/thumb_down:"):
             st.text_area("Better answer", key=f"better-{number}")
             for model, text in enumerate(given):
                 label = "Save" if len(given) == 1 else f"Save as better than {'left' if model == 0 else 'right'}"
@@ -237,7 +238,7 @@ def _pairs(talk: Conversation, number: int) -> dict[str, tuple[str, str, str, st
         first, second, names = given[0], given[1], ("Left is better", "Right is better")
         said = [f"You preferred: {escaped(model)}" for model in talk.models]
     elif talk.other.get(number):
-        first, second, names = given[0], talk.other[number], ("👍 The first is better", "👍 The second is better")
+        first, second, names = given[0], talk.other[number], ("The first is better", "The second is better")
         said = ["You preferred the first answer.", "You preferred the second answer."]
     else:
         return {}

@@ -146,7 +146,10 @@ def _latest_scores(root: str) -> None:
     last = board.groupby(["model", "benchmark", "answer_type"], sort=True)["stage"].transform("last")
     board = board[board["stage"] == last]
     board = with_change(board, _history(stamp(), root))
-    shown = board[["model", "benchmark", "answer_type", "value", "change", "course", "blind_value", "gain", "n"]]
+    columns = ["model", "benchmark", "answer_type", "value", "change", "course", "blind_value", "gain", "n"]
+    if not board["change"].notna().any():
+        columns = [column for column in columns if column not in ("change", "course")]
+    shown = board[columns]
     st.dataframe(
         shown.sort_values(["model", "benchmark", "answer_type"]),
         hide_index=True,

@@ -209,8 +209,11 @@ def _further(chosen: list[Curve], names: list[str]) -> None:
         for cell, (column, title) in zip(st.columns(2, gap="large"), shown[start : start + 2], strict=False):
             with cell:
                 st.subheader(title, anchor=False)
-                table = _long(chosen, column, 0)
-                chart = _lines(table, title.lower(), names, height=240, legend=False)
+                # A clock is noisy; a rate is drawn as it is, on a scale that shows the small ones too.
+                table = _long(chosen, column, 0.9 if column.endswith("per_second") else 0)
+                if column == "lr":
+                    table = table[table["value"] > 0]
+                chart = _lines(table, title.lower(), names, height=240, legend=False, log=column == "lr")
                 st.altair_chart(chart, alt=f"{title} by step")
 
 

@@ -77,6 +77,8 @@ class _Trained:
     experts: dict[str, Any] | None = None
     """Of a model with experts, see ``ExpertLoad.summary``."""
     reused: bool = False
+    pace: Sequence[dict[str, float]] = ()
+    """See ``Pace``; empty where nothing was trained."""
 
 
 def run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh: bool = False) -> Report:
@@ -103,6 +105,7 @@ def run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh:
 
 def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh: bool) -> Report:
     from medvlm.training.data import check_contract
+    from medvlm.training.pace import pace_metrics
 
     started = time.monotonic()
     stage = recipe.stages[stage_number - 1]
@@ -122,12 +125,14 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
                 for name, value in _final(result.curve).items()
             },
             **_expert_metrics(results),
+            **pace_metrics([result.pace for result in results.values()]),
         },
         details={
             "recipe": recipe.name,
             "stage": stage.name,
             "engine": str(engine),
             "curves": {target: result.curve for target, result in results.items()},
+            "pace": {target: result.pace for target, result in results.items() if result.pace},
             "counts": {target: result.counts for target, result in results.items()},
             "reused": [target for target, result in results.items() if result.reused],
             **next((result.experts for result in results.values() if result.experts), {}),
@@ -286,7 +291,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         detach(start.model)
         save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=weights, adapter=adapter)
         job.scratch.remove()
-    return _Trained(counts, curve, final["loss"], experts)
+    return _Trained(counts, curve, final["loss"], experts, pace=trainer.pace.points)
 
 
 def _final(curve: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from medvlm.progress import report_progress
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.training.expert_load import ExpertLoad
 from medvlm.training.objectives import objective_of
+from medvlm.training.pace import Pace
 from medvlm.training.params import parameter_groups
 from medvlm.training.resume import Scratch
 
@@ -48,6 +49,7 @@ class StageTrainer(Trainer):
         self._objective = objective_of(stage)
         self._measures: dict[str, list[float]] = {}
         self._expert_load = expert_load
+        self.pace = Pace(stage.global_batch)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each part of the model."""
@@ -65,6 +67,8 @@ class StageTrainer(Trainer):
         Raises:
             NonFiniteLoss: It is NaN or infinite, with the samples of the batch.
         """
+        if not self.pace.begun:
+            self.pace.begin(self.state.global_step)
         sample_ids = inputs.pop("sample_ids")
         spans = inputs.pop("spans", None)
         result = self._objective(model, inputs, num_items_in_batch)
@@ -87,6 +91,8 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the balance of the experts where there are some, and the means of what the objective measured."""
+        # Kept apart from what is logged, which lies beside the weights: no two runs have the same pace.
+        self.pace.add(self.state.global_step)
         if self._expert_load is not None and "loss" in logs:
             logs = {**logs, **self._expert_load.recent()}
         if "loss" in logs and self._measures:

@@ -31,6 +31,9 @@ def test_reports_count_what_was_learned(trained: TrainedTwin) -> None:
         written = read_report(trained.workspace.stage("tiny-llava-med", number))
         assert written is not None and written.fingerprint == report.fingerprint
         assert report.versions["deepspeed"] and report.seed == 42
+        assert report.metrics["samples_per_second"] > 0 and report.metrics["peak_memory_mb"] > 0
+        paces = report.details["pace"].values()
+        assert sum(len(pace) for pace in paces) == report.counts["steps"]
 
 
 def test_each_checkpoint_is_whole_and_its_scratch_gone(trained: TrainedTwin) -> None:
