@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from medvlm.errors import WorkspaceError
 from medvlm.store import Workspace, read_json
 
 __all__ = ["Check", "ContractResult", "contract_results"]
@@ -59,6 +60,7 @@ def contract_results(workspace: Workspace) -> list[ContractResult]:
 
     Raises:
         InputError: A result is damaged.
+        WorkspaceError: A result was written by another version.
     """
     root = workspace.contract("_").parent
     # A contract that each recipe has for itself lies one folder deeper.
@@ -69,11 +71,20 @@ def contract_results(workspace: Workspace) -> list[ContractResult]:
 def _result(root: Path, path: Path) -> ContractResult:
     result = read_json(path)
     quarantine = path.parent / "quarantine.parquet"
+    try:
+        success, rows = bool(result["success"]), int(result.get("rows", 0))
+        checks = tuple(_check(check) for check in result.get("checks", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WorkspaceError(
+            "the contract's result is of another version of medvlm",
+            where=str(path),
+            hint="use the version that wrote it, or check the contract again",
+        ) from error
     return ContractResult(
         name=path.parent.relative_to(root).as_posix(),
-        success=bool(result["success"]),
-        rows=int(result.get("rows", 0)),
-        checks=tuple(_check(check) for check in result.get("checks", [])),
+        success=success,
+        rows=rows,
+        checks=checks,
         quarantined=pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
         checked_at=path.stat().st_mtime,
         docs=_inside(path.parent, str(result.get("docs") or "docs/index.html")),

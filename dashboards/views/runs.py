@@ -203,6 +203,9 @@ def _further(chosen: list[Curve], names: list[str]) -> None:
         "tokens_per_second": "Tokens a second",
         "grad_norm": "Gradient norm",
         "memory_mb": "Memory, MB",
+        "expert_balance": "Balance of the experts",
+        "preference_accuracy": "Preference accuracy",
+        "reward_margin": "Reward margin",
     }
     shown = [(column, title) for column, title in known.items() if any(column in c.points for c in chosen)]
     for start in range(0, len(shown), 2):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from dicom_factory import dicom
+from image_bombs import bomb
 from streamlit.testing.v1 import AppTest
 from test_pages import open_page
 from workspace_builder import HOSTILE
@@ -172,3 +173,19 @@ def test_zooming_keeps_the_conversation(chat: Callable[..., AppTest]) -> None:
     page.slider(key="across-chat").set_value(100).run()
     assert not page.exception
     assert page.text[0].value == "What?"
+
+
+def test_a_bomb_is_refused_and_the_page_goes_on(chat: Callable[..., AppTest]) -> None:
+    page = chat(origin="Upload")
+    page.file_uploader[0].set_value(("large.png", bomb(), "image/png")).run()
+    assert "300000000 pixels" in page.warning[0].value
+    page.segmented_control(key="origin").set_value("From the workspace").run()
+    assert ask(page, "What?")[-1].endswith("What?")
+
+
+def test_half_a_checkpoint_is_one_readable_message(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("chat", workspace.root, monkeypatch)
+    page.chat_input[0].set_value("What?").run()
+    assert not page.exception
+    assert len(page.error) == 1
+    assert "checkpoint" in page.text[-1].value

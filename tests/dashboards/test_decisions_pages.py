@@ -140,3 +140,19 @@ def test_calibration_is_shown_where_it_was_measured(workspace: Workspace, monkey
     assert "Calibration" in [subheader.value for subheader in page.subheader]
     table = next(frame.value for frame in page.dataframe if "ece" in frame.value)
     assert table[["Model", "ece", "n"]].to_numpy().tolist() == [[RECIPE, 30.0, 12]]
+
+
+def test_a_workspace_of_a_newer_version_is_one_readable_message(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(workspace.contract("figures") / "result.json", {"version": 9, "verdict": {"ok": True}})
+    page = open_page("data", workspace.root, monkeypatch, section="Contracts")
+    assert ["another version" in error.value for error in page.error] == [True]
+    report = workspace.stage(RECIPE, 1) / "report.json"
+    write_json(report, read_json(report) | {"field_of_tomorrow": 1})
+    assert not overview_of(workspace, monkeypatch).exception
+
+
+def overview_of(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> AppTest:
+    write_json(workspace.contract("figures") / "result.json", {"success": True})
+    return overview(workspace, monkeypatch)

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from image_bombs import bomb
 from openai.types.chat import ChatCompletion
 from PIL import Image as Picture
 from test_chat import png
@@ -171,18 +172,6 @@ def test_requests_that_come_together_are_decoded_together(served: Callable[..., 
     assert counts['medvlm_batch_rows_bucket{le="+Inf"}'] > counts['medvlm_batch_rows_bucket{le="1.0"}']
     assert counts["medvlm_running_requests"] == counts["medvlm_waiting_requests"] == 0
     assert server.http.get("/healthz").text == "ok"
-
-
-def bomb() -> bytes:
-    """A PNG of 30,000 x 10,000 pixels in a few hundred bytes: only its head is honest."""
-    import struct
-    import zlib
-
-    def part(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", 30_000, 10_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(bytes(9999))) + part(b"IEND", b"")
 
 
 def cut() -> bytes:
