@@ -13,6 +13,7 @@ from workspace_builder import HOSTILE, build_workspace
 from dashboards.frame import count, escaped
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.data.benchmarks import build_benchmark
+from medvlm.results import Results
 from medvlm.store import Workspace
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
@@ -131,6 +132,20 @@ def test_real_questions_and_images_are_browsed(
     assert all("aortic aneurysm" in question.lower() for question in said[::2])
     page.multiselect(key="benchmark/vqa-rad-split").select("test").run()
     assert 0 < len(page.text) < len(said)
+
+
+def test_real_slake_is_browsed_and_reviewed(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_benchmark(Workspace(tmp_path), "slake", real_data / "slake")
+    page = open_page("data", tmp_path, monkeypatch, section="Pictures")
+    assert not page.warning
+    assert len(page.text) > 12
+    page = open_page("review", tmp_path, monkeypatch, reviewer="ann")
+    assert not page.error
+    next(button for button in page.button if button.label == "Accept").click().run()
+    assert not page.exception
+    (decision,) = Results(tmp_path).journal.read()
+    assert (decision.action, decision.source) == ("accept", "benchmark/slake")
+    assert len(decision.before) == 2  # question and answer
 
 
 def test_leakage_shows_pairs_side_by_side_by_the_way_they_are_alike(
