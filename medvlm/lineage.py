@@ -70,12 +70,14 @@ def recipe_steps(workspace: Workspace, recipe: str) -> list[Step]:
     for number, inputs in ((1, ("alignment",)), (2, ("instruct", "stage 1"))):
         plan.append(_stage(workspace, recipe, number, inputs))
     above = ("stage 2",)
-    # Most recipes learn from no preferences.
-    if read_report(workspace.preference(recipe)):
-        command = ("dataset", "build-preference", recipe)
-        folder = workspace.preference(recipe)
-        plan.append(_Plan("preferences", folder, "preference_dataset", command, recipe, ("stage 2",)))
-        above += ("preferences",)
+    for name, folder, asset, command in (
+        ("router", workspace.router(recipe), "domain_router", ("train-router", recipe)),
+        ("preferences", workspace.preference(recipe), "preference_dataset", ("dataset", "build-preference", recipe)),
+    ):
+        # Most recipes have neither.
+        if read_report(folder):
+            plan.append(_Plan(name, folder, asset, command, recipe, ("stage 2",)))
+            above += (name,)
     plan.append(_stage(workspace, recipe, 3, above))
     for name in names_in(workspace.benchmark("_").parent):
         # Dagster writes a key of two dimensions in the order of their names.

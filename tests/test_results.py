@@ -393,6 +393,17 @@ def test_a_step_that_failed_says_why_until_it_has_a_result(tmp_path: Path) -> No
     assert len(list(workspace.scratch("failed").iterdir())) == 3
 
 
+def test_a_router_and_preferences_stand_before_the_last_stage_where_there_are_any(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    write_step(workspace.stage("tiny", 3), "2026-01-05T00:00:00+00:00")
+    write_step(workspace.router("tiny"), "2026-01-06T00:00:00+00:00")
+    write_step(workspace.preference("tiny"), "2026-01-04T00:00:00+00:00")
+    steps = {step.name: step.state for step in Results(tmp_path).recipe_steps("tiny")}
+    assert list(steps) == ["stage 1", "stage 2", "router", "preferences", "stage 3"]
+    assert steps["stage 3"] == "stale"
+    assert steps["router"] == steps["preferences"] == "done"
+
+
 def test_where_there_is_no_workspace_no_failure_makes_one(tmp_path: Path) -> None:
     record_failure(tmp_path / "none", ["fetch"], ValueError("x"))
     assert not (tmp_path / "none").exists()
