@@ -278,7 +278,9 @@ def write_records(folder: Path, kind: type[T], records: Iterable[T], *, shard_by
 
 
 def _shard_writer(folder: Path, index: int, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(folder / f"part-{index:05d}.parquet", schema, compression="zstd")
+    # With checksums a bit that flips on the disk is an error, not another caption.
+    path = folder / f"part-{index:05d}.parquet"
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
 
 def _row_groups(records: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
@@ -324,7 +326,7 @@ def iterate_records(folder: Path, kind: type[T]) -> Iterator[T]:
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for path in shard_paths(folder):
         try:
-            with pq.ParquetFile(path) as shard:
+            with pq.ParquetFile(path, page_checksum_verification=True) as shard:
                 for batch in shard.iter_batches(batch_size=512, columns=names):
                     for row in batch.to_pylist():
                         yield from_row(kind, row)
@@ -332,7 +334,7 @@ def iterate_records(folder: Path, kind: type[T]) -> Iterator[T]:
             raise WorkspaceError(
                 f"the shard cannot be read: {error}",
                 where=str(path),
-                hint="restore it with 'dvc checkout', or delete it and run its step again",
+                hint="delete it, then restore it with 'dvc checkout' or 'dvc pull', or make it anew with 'dvc repro'",
             ) from error
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from medvlm.config import load_recipe, recipe_yaml
 from medvlm.errors import CheckpointError
-from medvlm.models.loading import check_keys, check_sizes, refuse_loading
+from medvlm.models.loading import check_hashes, check_keys, check_sizes, disk_errors, refuse_loading, weight_hashes
 from medvlm.models.sources import pretrained
 from medvlm.models.template import IMAGE_MARK
 from medvlm.models.tokenizer import load_tokenizer, special_marks
@@ -248,20 +248,22 @@ def save_checkpoint(
         WorkspaceError: The disk is full or read-only; what was there before stays.
     """
     with atomic_folder(folder) as temporary:
-        checkpoint.model.save_pretrained(temporary, state_dict=state)
+        with disk_errors():
+            checkpoint.model.save_pretrained(temporary, state_dict=state)
         checkpoint.tokenizer.save_pretrained(temporary)
         checkpoint.processor.save(temporary)
         (temporary / "recipe.yaml").write_text(recipe_yaml(checkpoint.recipe), "utf-8")
         if adapter is not None:
             adapter.save(temporary / "adapter")
-        write_json(temporary / "metadata.json", checkpoint.metadata)
+        hashes = weight_hashes(temporary)
+        write_json(temporary / "metadata.json", {**checkpoint.metadata, "weights_sha256": hashes})
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """A finished checkpoint, in float32 on the CPU.
 
     Raises:
-        CheckpointError: It is absent or incomplete, or its weights do not cover the model exactly.
+        CheckpointError: It is absent, incomplete or damaged, or its weights do not cover the model exactly.
     """
     # Before torch is imported: threads that wait shall sleep, see medvlm.training.engine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -273,6 +275,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             "there is no finished checkpoint", where=str(folder), hint="train the stage that makes it first"
         )
+    metadata = read_json(folder / "metadata.json")
+    check_hashes(folder, metadata.pop("weights_sha256", {}))
     recipe = load_recipe(folder / "recipe.yaml")
     with refuse_loading(str(folder)):
         loaded: Any = MedVLMForConditionalGeneration.from_pretrained(
@@ -290,7 +294,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         tokenizer=load_tokenizer(folder, special_marks(recipe)),
         processor=ImageProcessor.load(folder, recipe.model.vision_tower),
         recipe=recipe,
-        metadata=read_json(folder / "metadata.json"),
+        metadata=metadata,
     )
 
 

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from failures.reliability import held
 
+from medvlm.config import load_recipe
+from medvlm.errors import CheckpointError, WorkspaceError
+from medvlm.models.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from medvlm.models.tokenizer import train_tokenizer
+from medvlm.models.vision import ImageProcessor
 from medvlm.records import Image, PreferencePair
-from medvlm.store import write_records
+from medvlm.store import read_records, write_records
 
 DVC_YAML = """
 stages:
   samples:
-    cmd: python make.py
-    deps: [make.py]
-    outs: [samples, checkpoint]
-"""
-MAKE = """
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from medvlm.records import Image, PreferencePair
-from medvlm.store import write_records
-rows = (PreferencePair(str(n), Image(bytes(500), "a"), "", "", "", "q", "a", "b", "chat") for n in range(50))
-write_records(Path("samples"), PreferencePair, rows)
-Path("checkpoint").mkdir(exist_ok=True)
-save_file({"w": torch.arange(1000.0)}, "checkpoint/model.safetensors")
+    cmd: cp -r source out
+    deps: [source]
+    outs: [out]
 """
 
 
 def dvc(folder: Path, *words: str) -> str:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *words],
         cwd=folder,
-        env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"},
+        env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         capture_output=True,
         text=True,
     )
@@ -47,47 +42,74 @@ def dvc(folder: Path, *words: str) -> str:
 
 
 def flip_a_bit(path: Path) -> bytes:
-    """Flip one bit in the middle; the bytes as they were. Size and time stay, as when a disk decays."""
+    """Flip one bit of the content; the bytes as they were. Size and time stay, as when a disk decays."""
     before, times = path.read_bytes(), path.stat()
     changed = bytearray(before)
-    changed[len(changed) // 2] ^= 1
+    changed[len(changed) // 3] ^= 1
     path.write_bytes(changed)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return before
 
 
-@pytest.mark.parametrize("what", ["samples/part-00000.parquet", "checkpoint/model.safetensors"])
-def test_a_flipped_bit_is_named_and_repaired(tmp_path: Path, what: str) -> None:
-    (tmp_path / "dvc.yaml").write_text(DVC_YAML)
-    (tmp_path / "make.py").write_text(MAKE)
-    dvc(tmp_path, "init", "--no-scm", "-q")
-    dvc(tmp_path, "repro")
-    dvc(tmp_path, "remote", "add", "-d", "store", str(tmp_path / "remote"))
-    dvc(tmp_path, "push")
-    good = flip_a_bit(tmp_path / what)
-    status = dvc(tmp_path, "status")
-    assert what.split("/")[0] in status
-    assert "modified" in status
-    dvc(tmp_path, "checkout", "--force")
-    assert (tmp_path / what).read_bytes() == good
-    assert "up to date" in dvc(tmp_path, "repro")
-    kind = "shard" if what.startswith("samples") else "checkpoint"
+def kept(folder: Path) -> Path:
+    """A project whose stage put ``source`` into the store; the output's folder."""
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    dvc(folder, "init", "--no-scm", "-q")
+    dvc(folder, "repro")
+    return folder / "out"
+
+
+def repaired(folder: Path) -> None:
+    shutil.rmtree(folder / "out")
+    dvc(folder, "checkout")
+    assert "up to date" in dvc(folder, "repro")
+
+
+def pairs() -> Iterator[PreferencePair]:
+    for number in range(50):
+        yield PreferencePair(str(number), Image(os.urandom(500), "a"), "", "", "", "q", "a", "b", "chat")
+
+
+def test_a_flipped_bit_in_a_shard_is_named_and_repaired(tmp_path: Path) -> None:
+    write_records(tmp_path / "source", PreferencePair, pairs())
+    folder = kept(tmp_path)
+    good = flip_a_bit(folder / "part-00000.parquet")
+    with pytest.raises(WorkspaceError, match=r"part-00000\.parquet") as caught:
+        read_records(folder, PreferencePair)
+    assert "dvc checkout" in caught.value.hint
+    repaired(tmp_path)
+    assert (folder / "part-00000.parquet").read_bytes() == good
     held(
-        f"one bit of a {kind} flipped",
+        "one bit of a shard flipped",
         lost="nothing",
-        saw="`dvc status` names the output as modified; a release's checksums name the file",
-        rerun="`dvc checkout --force` (or `dvc pull`) restores it; without a store `dvc repro` makes it anew",
+        saw="the step that reads it names the shard: its pages carry checksums",
+        rerun="delete it, then `dvc checkout` or `dvc pull`; without a store `dvc repro` makes it anew",
+    )
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_named_and_repaired(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny-llava-med")
+    tokenizer = train_tokenizer(recipe, ["a chest x-ray"])
+    processor = ImageProcessor.of(recipe.model.vision_tower)
+    model = build_model(recipe, tokenizer)
+    save_checkpoint(tmp_path / "source", Checkpoint(model, tokenizer, processor, recipe, {}))
+    folder = kept(tmp_path)
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_checkpoint(folder)
+    repaired(tmp_path)
+    assert load_checkpoint(folder).recipe == recipe
+    held(
+        "one bit of a checkpoint flipped",
+        lost="nothing",
+        saw="whoever opens it is told the file: the metadata holds its SHA-256",
+        rerun="delete it, then `dvc checkout` or `dvc pull`; without a store `dvc repro` trains it anew",
     )
 
 
 def test_a_truncated_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
-    from medvlm.errors import MedVLMError
-    from medvlm.store import read_records
-
-    write_records(
-        tmp_path / "s", PreferencePair, (PreferencePair(str(n), Image(b"x", "a"), *[""] * 7) for n in range(5))
-    )
+    write_records(tmp_path / "s", PreferencePair, pairs())
     path = tmp_path / "s" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(MedVLMError, match=r"part-00000\.parquet"):
+    with pytest.raises(WorkspaceError, match=r"part-00000\.parquet"):
         read_records(tmp_path / "s", PreferencePair)

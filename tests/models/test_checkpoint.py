@@ -67,6 +67,7 @@ def test_weights_that_do_not_cover_the_model_are_refused(tmp_path: Path, damage:
     else:
         weights[name] = weights[name][:3].clone()
     save_file(weights, tmp_path / "c/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "c/metadata.json").write_text("{}")  # else its hash would tell first
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path / "c")
     assert name.split(".")[-2] in caught.value.what and str(tmp_path / "c") in caught.value.where
@@ -78,6 +79,9 @@ def test_an_absent_or_truncated_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", made())
     path = tmp_path / "c/model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"not those that were written: model\.safetensors"):
+        load_checkpoint(tmp_path / "c")
+    (tmp_path / "c/metadata.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_checkpoint(tmp_path / "c")
 
