@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help install install-test demo test lint dev dash clean
 
 help:
-	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE): URLs to scored benchmarks"
+	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE) (or another twin): URLs to scored benchmarks"
 	@echo "             with URLS=… STORE=… your own figures, with VQA_RAD=… SLAKE=… PATHVQA=… real benchmarks"
 	@echo "make test    install what tests need and run them all"
 	@echo "make dev     the Dagster UI on http://127.0.0.1:3000"
