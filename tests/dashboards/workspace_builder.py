@@ -74,7 +74,7 @@ def _figure(n: int) -> Figure:
         width_px=224,
         height_px=224,
         sha256=hashlib.sha256(data).hexdigest(),
-        phash=f"{n:016x}",
+        phash=hashlib.sha256(data).hexdigest()[:16],  # far from those of the items: none looks leaked
         label="Figure 1",
         caption=caption,
         mentions=(f"As Figure 1 shows, the lesion of case {n} is round.",),
