@@ -1,5 +1,6 @@
-"""The sensors: new URL lists become partitions, reviews start a rebuild, failures tell a person."""
+"""The sensors: new lists become partitions, reviews start a rebuild, failures tell a person, DVC's work is seen."""
 
+import hashlib
 from pathlib import Path
 
 import dagster as dg
@@ -8,6 +9,7 @@ from medvlm.errors import MedVLMError
 from medvlm.review import Journal
 from orchestration.alerts import Alerts
 from orchestration.jobs import rebuild_data
+from orchestration.outside import report_made_outside
 from orchestration.partitions import keys_of_list, list_parts
 from orchestration.resources import DvcProject
 
@@ -88,4 +90,23 @@ def failed_checks(context: dg.RunStatusSensorContext, alerts: Alerts) -> None:
         alerts.send(f"medvlm: run {context.dagster_run.run_id[:8]} of {context.dagster_run.job_name}: failed {names}")
 
 
-all_sensors = [inbox_lists, review_decisions, failed_runs, failed_checks]
+@dg.sensor(
+    minimum_interval_seconds=30,
+    # It reads one file and starts nothing.
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="What `dvc repro` made outside Dagster is reported with its data version, so that it shows as fresh.",
+)
+def dvc_made(context: dg.SensorEvaluationContext, project: DvcProject) -> dg.SkipReason:
+    """An event for each asset that DVC has made and Dagster does not know yet; nothing is run."""
+    if not project.lock_file.is_file():
+        return dg.SkipReason(f"{project.lock_file} is not there: DVC has made nothing yet")
+    seen = hashlib.sha256(project.lock_file.read_bytes()).hexdigest()
+    if seen == context.cursor:
+        return dg.SkipReason("dvc.lock is as it was")
+    assert context.repository_def is not None
+    told = report_made_outside(context.instance, context.repository_def.asset_graph, project)
+    context.update_cursor(seen)
+    return dg.SkipReason(f"reported {', '.join(told)}" if told else "Dagster knows all that DVC has made")
+
+
+all_sensors = [inbox_lists, review_decisions, failed_runs, failed_checks, dvc_made]

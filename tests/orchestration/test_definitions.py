@@ -91,6 +91,7 @@ def test_sensors_that_start_runs_are_off_and_those_that_only_tell_are_on() -> No
         "review_decisions": stopped,
         "failed_runs": running,
         "failed_checks": running,
+        "dvc_made": running,
     }
 
 
