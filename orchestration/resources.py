@@ -121,7 +121,7 @@ class DvcProject(dg.ConfigurableResource):
         return [dep["path"] for dep in read if made.get(dep["path"], dep["md5"]) != dep["md5"]]
 
     def made_stages(self) -> dict[str, str]:
-        """Data version of each stage that is up to date by dvc.lock alone; quick, and never waits for DVC's own lock."""
+        """Data version of each stage that is up to date by dvc.lock alone, so without DVC and its own lock."""
         stages = self._lock().get("stages", {})
         made = _hashes_of_outputs(stages)
         return {
