@@ -241,7 +241,6 @@ def _image_processor(tower: VisionTower) -> Any:
     size = tower.image_px
     options: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     if tower.image_fit == "pad":
-        # Its ground is the mean colour rounded down, ours rounded to the nearest: one grey level at most.
         return LlavaImageProcessorPil(**options, do_pad=True)
     return CLIPImageProcessorPil(**options)
 

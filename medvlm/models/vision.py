@@ -87,7 +87,8 @@ class ImageProcessor:
         from PIL import Image
 
         side = max(picture.size)
-        ground = Image.new("RGB", (side, side), tuple(round(255 * mean) for mean in self.clip.image_mean))
+        # Rounded down, as LLaVA's expand2square and transformers do: weights were trained with that colour.
+        ground = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.clip.image_mean))
         ground.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
         return ground
 
