@@ -121,7 +121,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012  # transformers names the type
     # It has no attention, so that any choice for the language model suits it.
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 

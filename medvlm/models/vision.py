@@ -43,8 +43,9 @@ class ImageProcessor:
         from transformers import CLIPImageProcessorPil
 
         size = tower.image_px
+        make: Any = CLIPImageProcessorPil  # its signature is made of a typed dictionary of everything
         return cls(
-            CLIPImageProcessorPil(
+            make(
                 size={"shortest_edge": size},
                 crop_size={"height": size, "width": size},
                 **_NORMALISATION.get(tower.architecture, {}),

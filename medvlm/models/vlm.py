@@ -18,14 +18,20 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from medvlm.errors import ImageTokenMismatch
-from medvlm.models import efficientnet  # noqa: F401  # registers its tower, so that a checkpoint with one opens
+from medvlm.models.efficientnet import EfficientNetLiteModel
 from medvlm.models.moe import install_experts
 from medvlm.models.projector import PROJECTORS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MedVLMConfig", "MedVLMForConditionalGeneration", "MedVLMModel", "merge_image_features"]
+__all__ = [
+    "EfficientNetLiteModel",  # importing it registers the tower, so that a checkpoint with one opens
+    "MedVLMConfig",
+    "MedVLMForConditionalGeneration",
+    "MedVLMModel",
+    "merge_image_features",
+]
 
 
 UNLEARNED = -100
@@ -92,7 +98,7 @@ class MedVLMForConditionalGeneration(LlavaForConditionalGeneration):
         self._can_compile_fullgraph = config.moe is None
         self.post_init()
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by name only, as transformers does
         self,
         input_ids: Any = None,
         pixel_values: Any = None,
