@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from bucket_server import BucketServer, Fault, article, llava_row, picture
+from failures.reliability import held
 from fetch_case import QUICK, ROW, figures, many, outcomes, report_of, shard_bytes, write_list
 
 from medvlm.data import journal
@@ -55,6 +56,12 @@ def test_a_killed_run_goes_on_without_fetching_a_finished_figure_again(tmp_path:
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
     assert [row.row for row in outcomes(tmp_path / "out")] == list(range(60))
     assert list((tmp_path / ".out.fetch").iterdir()) == [tmp_path / ".out.fetch" / "lock"]
+    held(
+        "kill -9 of the fetcher, twice",
+        lost="what was in flight: at most as many figures as requests at once",
+        saw="no shard is in place yet, so nothing downstream reads half a corpus",
+        rerun="asks for no finished figure again; shards are those of an unbroken run, byte for byte",
+    )
 
 
 @pytest.mark.parametrize("cut", [1, 11, 12, 13, 200])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from failures.reliability import held
 
 from orchestration.supervisor import STEPS
 
@@ -72,6 +73,12 @@ def test_a_killed_parent_takes_the_whole_tree_with_it(tree: list[str], tmp_path:
     parent.kill()
     parent.wait()
     wait_for(lambda: not any(alive(pid) for pid in pids(tmp_path)), 15.0)
+    held(
+        "kill -9 of what started a command (Dagster's run worker, DVC, a shell)",
+        lost="what the command had not saved",
+        saw="every process of it has ended within 15 s, also those in sessions of their own",
+        rerun="starts beside nothing",
+    )
 
 
 def test_what_a_finished_command_left_behind_is_ended_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from failures.reliability import held
 from golden_case import GOLDEN_STEPS, fill_golden, golden_overrides
 
 from medvlm.config import load_recipe
@@ -76,3 +77,9 @@ def test_two_processes_stopped_and_killed_give_the_losses_of_one(tmp_path: Path)
     losses = [point["loss"] for point in report.details["curves"]["all"]]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["align"], abs=1e-4)
     assert not complete_steps(workspace)
+    held(
+        "kill -9 of one rank of two",
+        lost="the steps since the last checkpoint",
+        saw="a process of the job ended, with its code; the other is ended too and does not wait for ever",
+        rerun="goes on from the last whole checkpoint with the losses of an unbroken run",
+    )

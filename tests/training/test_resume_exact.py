@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from failures.reliability import held
 from twin_case import STEPS, TINY, TrainedTwin
 
 from medvlm.store import read_json
@@ -59,3 +60,9 @@ def test_sigterm_then_kill_then_resume_is_exact(trained: TrainedTwin) -> None:
     resumed, whole = ((folder / "model.safetensors").read_bytes() for folder in (checkpoint, aside))
     assert resumed == whole
     assert not list(scratch.glob("*"))
+    held(
+        "kill -9 of the trainer",
+        lost="the steps since the last checkpoint",
+        saw="the run fails with the exit code; nothing is put in place of a checkpoint",
+        rerun="goes on from the last whole checkpoint; weights are those of an unbroken run, bit for bit",
+    )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failures.reliability import held
 from golden_case import GOLDEN_STEPS, fill_golden, golden_overrides
 from slurm_cluster import SlurmCluster, running_slurm
 
@@ -68,6 +69,12 @@ def test_two_nodes_train_stop_and_go_on_with_the_losses_of_one_machine(slurm: Sl
     assert report is not None and report.details["engine"].startswith("2 processes")
     losses = [point["loss"] for point in report.details["curves"]["all"]]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["align"], abs=1e-4)
+    held(
+        "a run on two Slurm nodes is terminated",
+        lost="nothing: the step is finished and saved",
+        saw="stopped by a signal, and which command goes on; the queue is empty",
+        rerun="goes on from the step that was saved, with the losses of one machine",
+    )
 
 
 def test_a_job_that_an_administrator_kills_is_said_at_once(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -80,3 +87,9 @@ def test_a_job_that_an_administrator_kills_is_said_at_once(slurm: SlurmCluster, 
     slurm.command("scancel", "--signal=KILL", "--full", slurm.command("squeue", "--noheader", "--format=%A"))
     assert running.wait(60) == 1
     assert "ended without an exit code" in (tmp_path / "log").read_text()
+    held(
+        "an administrator kills the Slurm job",
+        lost="the steps since the last checkpoint",
+        saw="at once: the job ended without an exit code",
+        rerun="goes on from the last whole checkpoint",
+    )

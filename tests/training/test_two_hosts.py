@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failures.reliability import held
 from golden_case import GOLDEN_STEPS, fill_golden, golden_overrides
 from two_hosts import ADDRESSES, Hosts, two_hosts
 
@@ -69,3 +70,9 @@ def test_a_host_dies_and_the_run_goes_on_with_the_other(hosts: Hosts, tmp_path: 
     assert report is not None
     losses = [point["loss"] for point in report.details["curves"]["all"]]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["align"], abs=1e-4)
+    held(
+        "one host of two is cut off and killed",
+        lost="the steps since the last checkpoint",
+        saw="within a minute: a process of the job ended, with its code",
+        rerun="goes on from the last whole checkpoint, with both processes on the host that is left",
+    )
