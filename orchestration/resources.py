@@ -145,17 +145,36 @@ class DvcProject(dg.ConfigurableResource):
 
 
 def _observe(context: Any, session: dg.PipesSession | None, seen: int) -> int:
-    """Log what the job reported since the last look as observations of the asset."""
+    """Log what the job reported since the last look as observations of the asset.
+
+    Returns:
+        How many messages are told. A database that is away ends no training: what could not be told is told later.
+    """
     if session is None:
         return 0
-    messages = session.get_custom_messages()
-    for message in messages[seen:]:
+    for message in session.get_custom_messages()[seen:]:
         progress = message.get("progress", {})
         metadata = {key: value for key, value in progress.items() if isinstance(value, int | float | str)}
         partition = context.partition_key if context.has_partition_key else None
-        for key in context.selected_asset_keys:
-            context.log_event(dg.AssetObservation(asset_key=key, partition=partition, metadata=metadata))
-    return len(messages)
+        try:
+            for key in context.selected_asset_keys:
+                context.log_event(dg.AssetObservation(asset_key=key, partition=partition, metadata=metadata))
+        except _errors_of_storage() as error:
+            print(f"Dagster's database does not answer, the job goes on: {error}", file=sys.stderr)  # noqa: T201
+            return seen
+        seen += 1
+    return seen
+
+
+def _errors_of_storage() -> tuple[type[Exception], ...]:
+    """What Dagster raises where its database is away; PostgreSQL's part has an error of its own after its retries."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if "dagster_postgres" not in sys.modules:
+        return (SQLAlchemyError,)
+    from dagster_postgres.utils import DagsterPostgresException
+
+    return (SQLAlchemyError, DagsterPostgresException)
 
 
 def _hashes_of_outputs(stages: Mapping[str, Any]) -> dict[str, str]:

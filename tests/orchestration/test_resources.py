@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from orchestration.launchers import TrainingLauncher
-from orchestration.resources import DvcProject, StageRun
+from orchestration.resources import DvcProject, StageRun, _observe
 
 DVC_YAML = """
 stages:
@@ -88,3 +89,26 @@ def test_changed_inputs_are_read_from_the_lock(project: DvcProject) -> None:
     reproduce(project, "plain")
     assert project.changed_inputs("watched") == ["plain.txt"]
     assert project.changed_inputs("never-run") == []
+
+
+def test_a_database_that_is_away_ends_no_job_and_gets_its_progress_later(capsys: pytest.CaptureFixture[str]) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    told: list[int] = []
+    away = [True, False]
+
+    def log_event(event: dg.AssetObservation) -> None:
+        if len(told) == 1 and away.pop(0):
+            raise OperationalError("INSERT", {}, Exception("connection refused"))
+        told.append(event.metadata["step"].value)  # type: ignore[arg-type]
+
+    context = SimpleNamespace(
+        log_event=log_event, has_partition_key=False, selected_asset_keys=[dg.AssetKey("training")]
+    )
+    messages = [{"progress": {"step": step}} for step in (1, 2, 3)]
+    session = SimpleNamespace(get_custom_messages=lambda: messages)
+    seen = _observe(context, session, 0)  # type: ignore[arg-type]
+    assert (seen, told) == (1, [1])
+    assert "the job goes on" in capsys.readouterr().err
+    assert _observe(context, session, seen) == 3  # type: ignore[arg-type]
+    assert told == [1, 2, 3]
