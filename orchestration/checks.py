@@ -1,4 +1,4 @@
-"""The checks: contracts, which block what is downstream; leakage, fallen scores, and unused experts."""
+"""The checks: contracts, which block what is downstream; leakage, fallen scores, a poor router, unused experts."""
 
 import json
 from typing import Any
@@ -15,12 +15,16 @@ from orchestration.assets.datasets import (
     leakage_report,
 )
 from orchestration.assets.ingest import figures
-from orchestration.assets.training import preference_dataset, stage3_checkpoint
+from orchestration.assets.training import domain_router, preference_dataset, stage3_checkpoint
 from orchestration.metadata import markdown_table
 from orchestration.resources import DvcProject
 
 LEAST_BALANCE = 0.25
 """Below it the experts are so unevenly used that some hardly learn; 1 is an even share for each."""
+
+LEAST_ROUTER_ACCURACY = 0.6
+"""Share of held-out images that a router sends to the expert of their own modality. Med-MoE's has five of them, so
+that guessing is right in one of five; below this the experts learn mixtures, not domains."""
 
 
 def _contract_check(asset: dg.AssetsDefinition, contract: str) -> dg.AssetChecksDefinition:
@@ -155,4 +159,23 @@ def experts_balance(context: dg.AssetCheckExecutionContext, project: DvcProject)
     )
 
 
-all_checks = [*contract_checks, no_leaked_images, scores_hold, experts_balance]
+@dg.asset_check(asset=domain_router, description="The router tells held-out images of the modalities apart.")
+def router_tells_apart(context: dg.AssetCheckExecutionContext, project: DvcProject) -> dg.AssetCheckResult:
+    """A warning, no error: stage 3 runs with any router. Of the run's recipe; run alone, of every one with a router."""
+    chosen = _partition(context)
+    accuracies: dict[str, float] = {}
+    for recipe in project.settings.items.routers:
+        report = read_report(project.workspace.router(recipe)) if chosen in (None, recipe) else None
+        if report and "accuracy" in report.metrics:
+            accuracies[recipe] = report.metrics["accuracy"]
+    poor = [name for name, accuracy in accuracies.items() if accuracy < LEAST_ROUTER_ACCURACY]
+    words = f"below {LEAST_ROUTER_ACCURACY:g}: {', '.join(poor)}" if poor else ""
+    return dg.AssetCheckResult(
+        passed=not poor,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=words if accuracies else "no router here",
+        metadata=dict(accuracies),
+    )
+
+
+all_checks = [*contract_checks, no_leaked_images, scores_hold, experts_balance, router_tells_apart]

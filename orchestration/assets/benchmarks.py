@@ -6,6 +6,7 @@ import dagster as dg
 
 from orchestration.assets.datasets import benchmark_items
 from orchestration.assets.training import stage3_checkpoint
+from orchestration.automation import renewed_with_inputs
 from orchestration.metadata import markdown_table, materialized, picture
 from orchestration.partitions import evaluations
 from orchestration.resources import DvcProject
@@ -59,7 +60,13 @@ def benchmark_scores(context: dg.AssetExecutionContext, project: DvcProject) -> 
     return materialized(run, project.workspace.scores(recipe, benchmark), shown)
 
 
-@dg.asset(group_name="benchmarks", kinds={"json"}, owners=["team:evaluation"], deps=[benchmark_scores])
+@dg.asset(
+    group_name="benchmarks",
+    kinds={"json"},
+    owners=["team:evaluation"],
+    deps=[benchmark_scores],
+    automation_condition=renewed_with_inputs,
+)
 def leaderboard(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
     """Our scores beside the published ones, each with its rule, split and source."""
     run = project.reproduce(context, "leaderboard")

@@ -4,6 +4,7 @@ import dagster as dg
 
 from medvlm.store import read_report
 from orchestration.assets.ingest import figures, sample_corpus
+from orchestration.automation import renewed_with_inputs
 from orchestration.metadata import markdown_table, materialized
 from orchestration.resources import DvcProject, StageRun
 
@@ -54,6 +55,7 @@ def instruct_dataset(context: dg.AssetExecutionContext, project: DvcProject) -> 
     kinds={"parquet", "duckdb"},
     owners=["team:data"],
     deps=[alignment_dataset, instruct_dataset, benchmark_items],
+    automation_condition=renewed_with_inputs,
 )
 def leakage_report(context: dg.AssetExecutionContext, project: DvcProject) -> dg.MaterializeResult:
     """Which test items a training set has seen: by bytes, look, image id, case or question."""

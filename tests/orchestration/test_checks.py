@@ -9,7 +9,7 @@ from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from medvlm.store import Report, write_report
 from orchestration.assets.datasets import COMPARED
-from orchestration.checks import experts_balance, no_leaked_images, scores_hold
+from orchestration.checks import experts_balance, no_leaked_images, router_tells_apart, scores_hold
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 
@@ -72,3 +72,19 @@ def test_a_fallen_score_fails_with_its_numbers(project: DvcProject, monkeypatch:
     assert found.metadata["scored"].value == 2, "what was never scored is no failure"
     monkeypatch.setattr(accepted, "fallen_scores", lambda *_: [])
     assert run(scores_hold, project).passed
+
+
+def test_a_poor_router_is_a_warning_that_names_its_recipe(tmp_path: Path) -> None:
+    settings = Settings.sample().model_copy(update={"recipes": ["tiny-cliva-med-phi2", RECIPE]})
+    write_settings(tmp_path / "params.yaml", with_items(settings))
+    project = DvcProject(root=str(tmp_path), launcher=TrainingLauncher())
+    nothing = run(router_tells_apart, project)
+    assert nothing.passed
+    assert nothing.description == "no router here"
+    router = project.workspace.router("tiny-cliva-med-phi2")
+    write_report(router, Report(step="train-router", metrics={"accuracy": 0.41}), started=0.0)
+    found = run(router_tells_apart, project)
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert found.description == "below 0.6: tiny-cliva-med-phi2"
+    write_report(router, Report(step="train-router", metrics={"accuracy": 0.97}), started=0.0)
+    assert run(router_tells_apart, project).passed
