@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 # A stage of dvc.yaml calls `medvlm` and `python`: those of this environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-test demo test lint dev dash clean
+.PHONY: help install install-test demo test lint bench dev dash clean
 
 help:
 	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE) (or another twin): URLs to scored benchmarks"
@@ -18,6 +18,7 @@ help:
 	@echo "make dev     the Dagster UI on http://127.0.0.1:3000"
 	@echo "make dash    the dashboard on http://127.0.0.1:8501"
 	@echo "make lint    formatting, types and the direction of imports"
+	@echo "make bench   every speed benchmark; writes benchmarks/README.md; with ONLY=\"moe serve\" those"
 	@echo "make clean   remove the workspace and Dagster's history, keep the environment"
 
 install: .venv/.installed
@@ -67,6 +68,9 @@ lint: install-test
 
 test: lint
 	pytest
+
+bench: install-test
+	python benchmarks/run.py $(ONLY)
 
 dev: install
 	python -m orchestration.instance

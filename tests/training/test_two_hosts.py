@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from failures.reliability import held
 from golden_case import GOLDEN_STEPS, fill_golden, golden_overrides
-from two_hosts import ADDRESSES, Hosts, two_hosts
+from two_hosts import ADDRESSES, Hosts, HostsMissing, two_hosts
 
 from medvlm.config import load_recipe
 from medvlm.store import Workspace, read_report
@@ -27,7 +28,11 @@ GOLDEN = Path(__file__).with_name("golden") / f"{NAME}.json"
 
 @pytest.fixture
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(two_hosts(tmp_path_factory.mktemp("hosts")))
+        except HostsMissing as missing:
+            pytest.skip(str(missing))
         yield made
 
 

@@ -1,4 +1,7 @@
-"""Two hosts on this machine: network namespaces on a veth link, an sshd in each, one disk."""
+"""Two hosts on this machine: network namespaces on a veth link, an sshd in each, one disk.
+
+Tests and benchmarks/scaling.py make them, so nothing of pytest is in here.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+__all__ = ["ADDRESSES", "INTERFACE", "Hosts", "HostsMissing", "two_hosts"]
 
 PROGRAMS = ("ip", "ssh", "ssh-keygen", "pdsh")
 SSHD = Path("/usr/sbin/sshd")
@@ -40,6 +43,10 @@ Host *
 """
 
 
+class HostsMissing(RuntimeError):
+    """What two hosts need is not on this machine."""
+
+
 @dataclass(frozen=True)
 class Hosts:
     """Names of the namespaces, and what a process on the first needs to reach the second."""
@@ -56,6 +63,14 @@ class Hosts:
     def on(self, host: int, command: list[str]) -> list[str]:
         return ["ip", "netns", "exec", self.names[host], *command]
 
+    def limit(self, rate: str | None) -> None:
+        """Let the link send at most ``rate`` (as ``tc`` writes it, such as 100mbit) each way; None: as it comes."""
+        for name in self.names:
+            # A burst holds what a full-speed link sends between two ticks of a 250 Hz kernel, and a segment of 64 KB.
+            how = ["root", "tbf", "rate", rate, "burst", "512kb", "latency", "50ms"] if rate else ["root"]
+            command = ["tc", "-n", name, "qdisc", "replace" if rate else "delete", "dev", INTERFACE, *how]
+            subprocess.run(command, check=bool(rate), capture_output=True)
+
     def kill(self, host: int) -> None:
         """Everything that runs on a host dies at once, its ssh server too."""
         found = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=True)
@@ -66,10 +81,14 @@ class Hosts:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """Make both hosts; take them away afterwards."""
+    """Make both hosts; take them away afterwards.
+
+    Raises:
+        HostsMissing: A program is not installed, or this is not root.
+    """
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or not SSHD.exists() or os.geteuid() != 0:
-        pytest.skip(f"two hosts need root and Debian's iproute2, openssh-server, pdsh; missing: {missing}")
+        raise HostsMissing(f"two hosts need root and Debian's iproute2, openssh-server, pdsh; missing: {missing}")
     names = (f"medvlm-{os.getpid()}-a", f"medvlm-{os.getpid()}-b")
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f"]
     for key in ("host_key", "key"):
@@ -111,7 +130,8 @@ def _link(made: ExitStack, names: tuple[str, str]) -> None:
 def _serve(made: ExitStack, folder: Path, name: str, address: str) -> None:
     configuration = folder / f"sshd-{address}"
     configuration.write_text(SSHD_CONFIG.format(folder=folder, address=address))
-    process = subprocess.Popen(["ip", "netns", "exec", name, str(SSHD), "-D", "-e", "-f", str(configuration)])
+    command = ["ip", "netns", "exec", name, str(SSHD), "-D", "-q", "-f", str(configuration)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def end() -> None:
         process.terminate()
