@@ -6,7 +6,7 @@
 A section of the README is prose that people write, and a block between two marks that this program writes anew; a
 section that is not there yet is added. The README is written after each benchmark. One that breaks, or whose data is
 not there, leaves the numbers of its last run in their place and is named, there and at the end (exit code 1). A script
-that misses a target prints MISSED and exits with 1: that is a result, not a failure.
+that misses a target prints its numbers and exits with 1: that is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -158,14 +158,14 @@ def outcome_of(name: str, benchmark: Benchmark, folder: Path, data: Path, timeou
             code, output, errors = ended(
                 [sys.executable, str(folder / f"{name}.py"), *filled], folder.parent, timeout_s
             )
-            # Python exits with 1 too, where a script breaks.
-            told = code == 1 and "MISSED" in output + errors
+            # 1 says that a target was missed; Python exits with it too, where a script breaks.
+            told = code == 1 and output.strip() and "Traceback (most recent call last)" not in errors
             if code and not told:
                 reason = next((line for line in reversed(errors.splitlines()) if line.strip()), "it printed nothing")
                 print(errors[-3000:], file=sys.stderr)
                 how = "ran out of time" if code == -signal.SIGKILL else f"exit code {code}"
                 return f"**Failed on {today()}**: `{command}`, {how}: `{reason.strip()[:300]}`", False
-            missed |= told
+            missed |= bool(code)
             printed.append(f"    {command}\n\n{markdown(output)}")
     seconds = time.monotonic() - started
     when = f"Run on {today()}, {seconds:.0f} s, load {load:.1f} at the start"

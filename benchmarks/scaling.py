@@ -10,8 +10,8 @@ a rate. They share the two cores that the others have too: what they add is the 
 
 The rows of a trial follow each other, so that a busy machine is busy for all of them; efficiency is a row's speed over
 twice that of one process in the same trial, its speed that of the fastest quarter of the steps after the first two:
-slower ones were slowed by something else. With ``--keep``, trials of earlier calls are read from the file and the new
-ones added to it.
+slower ones were slowed by something else. Processor time, of the first process times their number, is what remains
+comparable on a busy machine. With ``--keep``, trials of earlier calls are read from the file and the new ones added.
 """
 
 from __future__ import annotations
@@ -167,10 +167,11 @@ def listen(event: Mapping[str, Any]) -> None:
     from deepspeed import comm
 
     link = psutil.net_io_counters(pernic=True).get(INTERFACE)
-    sent = link.bytes_sent if link else 0
+    sent, times = link.bytes_sent if link else 0, psutil.Process().cpu_times()
+    spent = times.user + times.system
     if event["step"] == 1:
         comm.configure(enabled=True, prof_all=True, prof_ops=[], verbose=False, debug=False)
-        _begun["sent"] = sent
+        _begun.update(sent=sent, processor_s=spent)
     if event["step"] == event["steps"]:
         logged: Callable[[], dict[str, dict[int, Any]]] = comm.comm.comms_logger.get_raw_data
         steps = event["steps"] - 1
@@ -184,6 +185,7 @@ def listen(event: Mapping[str, Any]) -> None:
             for name, sizes in logged().items()
         }
         note = {"sent_bytes": (sent - _begun["sent"]) / steps if link else None, "collectives": operations}
+        note["processor_s"] = (spent - _begun["processor_s"]) / steps
         Path(os.environ[NOTE]).write_text(json.dumps(note))
 
 
@@ -203,7 +205,8 @@ def show(rows: list[Row]) -> None:
     """Print both tables as Markdown."""
     base = {row["trial"]: row["speed"] for row in rows if row["setup"] == ONE.name}
     print(f"{len(base)} trials, load {min(r['load'] for r in rows):g} to {max(r['load'] for r in rows):g}.\n")
-    print("| | batch | sequences/s | speed / one process | efficiency |\n|---|---|---|---|---|")
+    print("| | batch | sequences/s | speed / one process | efficiency | processor time a sequence |")
+    print("|---|---|---|---|---|---|")
     for setup in SETUPS:
         own = [row for row in rows if row["setup"] == setup.name]
         if not own:
@@ -211,9 +214,10 @@ def show(rows: list[Row]) -> None:
         ratios = [row["speed"] / base[row["trial"]] for row in own]
         cores = max(setup.processes, setup.threads)
         efficiency = f"{statistics.median(ratios) / cores:.0%}" if cores > 1 else ""
+        speed = statistics.median(row["speed"] for row in own)
+        spent = statistics.median(row["processor_s"] for row in own) * setup.processes / setup.batch
         print(
-            f"| {setup.name} | {setup.batch} | {statistics.median(r['speed'] for r in own):.1f} "
-            f"| {spread(ratios)} | {efficiency} |"
+            f"| {setup.name} | {setup.batch} | {speed:.1f} | {spread(ratios)} | {efficiency} | {spent * 1e3:.1f} ms |"
         )
     print("\n| | sent by a host, a step | in collectives, a step | of a step |\n|---|---|---|---|")
     for setup in SETUPS:
