@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from medvlm.cli import cli
 from medvlm.config import load_recipe
 from medvlm.errors import InputError, TrainingError
+from medvlm.training.footprint import Setup, load_of_step, model_shape
 from medvlm.training.hardware import DEVICES, parse_hardware
 from medvlm.training.plan import Plan, StagePlanned, make_plan
 
@@ -82,6 +83,18 @@ def test_memory_follows_the_zero_paper() -> None:
     assert sizes[1] == pytest.approx((2 * total + 2 * learned + 12 * learned / n) / gib, rel=1e-3)
     assert sizes[2] == pytest.approx((2 * total + 14 * learned / n) / gib, rel=1e-3)
     assert sizes[3] == pytest.approx((2 * total + 14 * learned) / n / gib, rel=1e-3)
+
+
+def test_traffic_of_zero_2_is_what_a_link_counted() -> None:
+    # benchmarks/scaling.py: two processes, a step of one micro-batch, on the only link between their hosts.
+    counted_bytes = 22.4e6
+    sizes = {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 4, "mlp_size": 768}
+    overrides = [f"model.language_model.{field}={size}" for field, size in sizes.items()]
+    recipe = load_recipe("tiny-llava-med", [*overrides, "stages.align.trains=[projector,language_model]"])
+    _, align = recipe.stage("align")
+    setup = Setup(parse_hardware("CPU").device, 2, 8, 2, "full", gradient_checkpointing=False, offload_optimizer=False)
+    load = load_of_step(recipe, align, model_shape(recipe, align), setup, 50)
+    assert load.sent + load.sent_a_step == pytest.approx(counted_bytes, rel=0.01)
 
 
 def test_choices_cover_zero_lora_and_checkpointing_and_agree_with_the_own_setting() -> None:
