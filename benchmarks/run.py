@@ -29,6 +29,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("MEDVLM_TEST_DATA", HERE.parents[1] / "shared" / "data"))
+TIME_IS_UP = 124
+"""The exit code of a run that was ended, as of timeout(1)."""
+GRACE_S = 20.0
 PACKAGES = (
     "torch", "transformers", "deepspeed", "tokenizers", "numpy", "pyarrow", "duckdb", "pandas", "great_expectations",
     "dagster", "dvc", "aiohttp", "fastapi", "openai", "faiss-cpu", "pandera", "polars",
@@ -163,7 +166,7 @@ def outcome_of(name: str, benchmark: Benchmark, folder: Path, data: Path, timeou
             if code and not told:
                 reason = next((line for line in reversed(errors.splitlines()) if line.strip()), "it printed nothing")
                 print(errors[-3000:], file=sys.stderr)
-                how = "ran out of time" if code == -signal.SIGKILL else f"exit code {code}"
+                how = "ran out of time" if code == TIME_IS_UP else f"exit code {code}"
                 return f"**Failed on {today()}**: `{command}`, {how}: `{reason.strip()[:300]}`", False
             missed |= bool(code)
             printed.append(f"    {command}\n\n{markdown(output)}")
@@ -187,12 +190,22 @@ def ended(command: Sequence[str], folder: Path, timeout_s: float) -> tuple[int, 
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
+        output, errors = stopped(process)
+        return TIME_IS_UP, output, errors
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
+        stopped(process)
         raise
     return process.returncode, output, errors
+
+
+def stopped(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a process and its children, with time to tidy up; what it had printed."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 def written(name: str, options: Sequence[str]) -> str:

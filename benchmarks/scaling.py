@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a file of rows: those in it count, new ones are added")
     parser.add_argument("--no-hosts", action="store_true", help="without the rows that need root and Debian's ssh")
     arguments = parser.parse_args()
+    # An end by signal is an orderly one: the hosts are taken away.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows = read_rows(arguments.keep)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
