@@ -4,6 +4,12 @@ import dagster as dg
 
 from orchestration.resources import DvcProject
 
+fetch_parts = dg.define_asset_job(
+    "fetch_parts",
+    dg.AssetSelection.assets("figure_parts"),
+    description="Parts of long URL lists, fetched ahead: a backfill runs them beside each other.",
+)
+
 rebuild_data = dg.define_asset_job(
     "rebuild_data",
     dg.AssetSelection.groups("ingest", "datasets") - dg.AssetSelection.assets("figure_parts"),
@@ -52,4 +58,4 @@ def nightly() -> None:
     recheck_figures_op()
 
 
-all_jobs = [rebuild_data, train_recipe, evaluate, refresh_leaderboard, bundle_release, nightly]
+all_jobs = [fetch_parts, rebuild_data, train_recipe, evaluate, refresh_leaderboard, bundle_release, nightly]
