@@ -1,4 +1,4 @@
-"""Makes the Dagster instance of ``DAGSTER_HOME``: SQLite on one host, PostgreSQL where one is named.
+"""Makes the Dagster instance of ``DAGSTER_HOME``, tables included: SQLite on one host, PostgreSQL where one is named.
 
     python -m orchestration.instance
 
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import click
+import dagster as dg
 import yaml
 
 SETTINGS = Path(__file__).with_name("dagster.yaml")
@@ -33,6 +34,17 @@ def ensure_home(home: Path) -> Path:
     return path
 
 
+def make_tables(home: Path) -> None:
+    """Make the history's tables, where they are not there: two processes that do it at once spoil them.
+
+    Webserver and daemon start together; on a fresh SQLite each would find none and make its own.
+    """
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        instance.get_runs_count()
+        instance.event_log_storage.get_concurrency_keys()
+        instance.all_instigator_state()
+
+
 @click.command()
 def main() -> None:
     """Write the instance's settings and say where it keeps its history."""
@@ -40,6 +52,7 @@ def main() -> None:
     if not home:
         raise click.UsageError("DAGSTER_HOME is not set")
     path = ensure_home(Path(home))
+    make_tables(Path(home))
     storage = f"PostgreSQL of {POSTGRES_VARIABLE}" if os.environ.get(POSTGRES_VARIABLE) else f"SQLite in {home}"
     click.echo(f"{path}: runs and events in {storage}", err=True)
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from failures.reliability import held
 
-from orchestration.instance import POSTGRES_VARIABLE, SETTINGS, ensure_home
+from orchestration.instance import POSTGRES_VARIABLE, SETTINGS, ensure_home, make_tables
 
 
 def test_without_a_setting_it_is_sqlite_with_our_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +29,15 @@ def test_the_password_stays_in_the_environment(tmp_path: Path, monkeypatch: pyte
     assert "planted-secret" not in text
     assert yaml.safe_load(text)["storage"]["postgres"]["postgres_url"] == {"env": POSTGRES_VARIABLE}
     assert yaml.safe_load(text)["run_monitoring"]["enabled"] is True, "the other settings stay"
+
+
+def test_tables_are_there_before_webserver_and_daemon_start_together(tmp_path: Path) -> None:
+    ensure_home(tmp_path)
+    make_tables(tmp_path)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.db")}
+    assert {path.name for path in made} >= {"runs.db", "schedules.db", "index.db"}
+    make_tables(tmp_path)
+    assert made == {path: path.stat().st_mtime_ns for path in made}, "what is there stays as it is"
 
 
 @dataclass(frozen=True)
