@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 # A stage of dvc.yaml calls `medvlm` and `python`: those of this environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-test demo test lint bench dev dash clean
+.PHONY: help install install-test demo test lint bench dev dash clean audit reliability
 
 help:
 	@echo "make demo    install, then the whole road of RECIPE=$(RECIPE) (or another twin): URLs to scored benchmarks"
@@ -19,6 +19,8 @@ help:
 	@echo "make dash    the dashboard on http://127.0.0.1:8501"
 	@echo "make lint    formatting, types and the direction of imports"
 	@echo "make bench   every speed benchmark; writes benchmarks/README.md; with ONLY=\"moe serve\" those"
+	@echo "make audit   known vulnerabilities (needs a network) and licences of what is installed, into docs/licences.md"
+	@echo "make reliability  what goes wrong, done on purpose, into docs/reliability.md"
 	@echo "make clean   remove the workspace and Dagster's history, keep the environment"
 
 install: .venv/.installed
@@ -78,6 +80,16 @@ dev: install
 
 dash: install
 	streamlit run dashboards/app.py --server.address 127.0.0.1 --server.port 8501
+
+audit: install-test
+	python scripts/audit.py docs/licences.md
+
+# The tests that say what they held.
+reliability: install-test
+	rm -f .reliability.jsonl
+	MEDVLM_RELIABILITY="$(CURDIR)/.reliability.jsonl" pytest -q $$(grep -rl "^from failures.reliability import held" tests)
+	python tests/failures/reliability.py .reliability.jsonl docs/reliability.md
+	rm .reliability.jsonl
 
 clean:
 	rm -rf "$(MEDVLM_WORKSPACE)" .dagster dvc.lock .dvc/cache .dvc/tmp
