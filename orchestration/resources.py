@@ -1,5 +1,6 @@
 """The one resource: a DVC project whose stages Dagster reproduces, supervised and watched."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -98,7 +99,7 @@ class DvcProject(dg.ConfigurableResource):
             shared = None if self.launcher.kind == "local" else self.workspace.scratch("pipes")
             session = stack.enter_context(pipes_session(context, shared)) if watch else None
             told = {**(environment or {}), **(session_environment(session) if session else {})}
-            command = stack.enter_context(_supervised(Path(self.root), arguments, told))
+            command = stack.enter_context(_supervised(Path(self.root), arguments, told, _run_worker(context)))
             seen = 0
             while command.wait(POLL_S) is None:
                 seen = _observe(context, session, seen)
@@ -142,6 +143,13 @@ class DvcProject(dg.ConfigurableResource):
     def _lock(self) -> dict[str, Any]:
         path = self.lock_file
         return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
+
+
+def _run_worker(context: Any) -> int | None:
+    """The run worker's process id, where this step has a process of its own; a killed worker cannot end that one."""
+    job = context.op_execution_context.job_def if hasattr(context, "op_execution_context") else context.job_def
+    own = job.executor_def.name == "multiprocess" and multiprocessing.parent_process() is not None
+    return os.getppid() if own else None
 
 
 def _observe(context: Any, session: dg.PipesSession | None, seen: int) -> int:
@@ -240,8 +248,12 @@ class _Command:
 
 
 @contextmanager
-def _supervised(root: Path, arguments: list[str], environment: Mapping[str, str]) -> Iterator[_Command]:
-    command = _Command([sys.executable, "-m", "orchestration.supervisor", "--", *arguments], root, environment)
+def _supervised(
+    root: Path, arguments: list[str], environment: Mapping[str, str], worker: int | None
+) -> Iterator[_Command]:
+    companion = ["--with", str(worker)] if worker else []
+    supervisor = [sys.executable, "-m", "orchestration.supervisor", *companion, "--", *arguments]
+    command = _Command(supervisor, root, environment)
     try:
         yield command
     finally:

@@ -1,10 +1,11 @@
 """Runs one command and makes sure that nothing of it outlives Dagster.
 
-    python -m orchestration.supervisor -- COMMAND ARGS…
+    python -m orchestration.supervisor [--with PID] -- COMMAND ARGS…
 
 torch's elastic agent starts ranks in sessions of their own, so killing a process group is not
 enough, and a killed parent tells nobody. This process therefore
 - asks the kernel for SIGTERM when its parent dies, even by ``kill -9`` (PR_SET_PDEATHSIG);
+- ends with the process named by ``--with`` too: a run worker whose step has a process of its own;
 - adopts every orphaned descendant (PR_SET_CHILD_SUBREAPER), so that all stay within reach;
 - on the first signal ends them in three steps, SIGINT, SIGTERM, SIGKILL, with time between the
   steps for a trainer to write its checkpoint.
@@ -32,14 +33,16 @@ STEPS = ((signal.SIGINT, 6.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0))
 
 def main() -> None:
     """Guard the command after ``--`` and exit as it does."""
-    sys.exit(supervise(sys.argv[sys.argv.index("--") + 1 :]))
+    own, command = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    sys.exit(supervise(command, int(own[1]) if own[:1] == ["--with"] else None))
 
 
-def supervise(command: list[str]) -> int:
+def supervise(command: list[str], companion: int | None = None) -> int:
     """Run a command to its end, or end all of it when told to.
 
     Args:
         command: Program and arguments; never given to a shell.
+        companion: Id of a process that the command shall not outlive.
 
     Returns:
         The exit code for a caller.
@@ -56,8 +59,14 @@ def supervise(command: list[str]) -> int:
             return 130  # the parent died before the kernel was asked to tell us
     else:
         print("supervisor: not Linux, so a killed parent leaves this command running", file=sys.stderr)  # noqa: T201
+    watched = _process(companion) if companion else None
+    if companion and not watched:
+        return 130
     child = subprocess.Popen(command)
     while not told:
+        if watched and not _lives(watched):
+            told.append(signal.SIGTERM)
+            break
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=0.2)
             break
@@ -88,6 +97,21 @@ def end_descendants(child: subprocess.Popen[bytes]) -> None:
                         process.send_signal(number)
             time.sleep(0.05)
             child.poll()
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Not gone, nor its id given to another, nor only waiting to be collected."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _descendants() -> list[psutil.Process]:

@@ -81,6 +81,18 @@ def test_a_killed_parent_takes_the_whole_tree_with_it(tree: list[str], tmp_path:
     )
 
 
+def test_a_killed_companion_takes_the_whole_tree_with_it(tree: list[str], tmp_path: Path) -> None:
+    # The run worker, where Dagster gives the step a process of its own that outlives it.
+    companion = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    at = tree.index("--")
+    process = subprocess.Popen([*tree[:at], "--with", str(companion.pid), *tree[at:]])
+    wait_for(lambda: len(pids(tmp_path)) == 3 and all(pids(tmp_path)))
+    companion.kill()
+    assert process.wait(15) == 130
+    assert not any(alive(pid) for pid in pids(tmp_path))
+    companion.wait()
+
+
 def test_what_a_finished_command_left_behind_is_ended_too(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, pathlib;"
