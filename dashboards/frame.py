@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import streamlit as st
 
 from dashboards.access import require_log_in
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.errors import InputError, MedVLMError
-from medvlm.results import Page, Results, Source, thumbnail
+from medvlm.results import Page, Profile, Results, Source, thumbnail
 
 __all__ = [
     "choose_page",
@@ -27,6 +28,7 @@ __all__ = [
     "foreign_text",
     "page_of",
     "picture",
+    "profile_of",
     "results",
     "show",
     "stamp",
@@ -145,6 +147,14 @@ def page_of(
     if table is None:
         return Page(0, [])
     return table.page(where=dict(where), search=search, offset=offset, limit=limit)
+
+
+@st.cache_data(max_entries=16, show_spinner="Counting …")
+def profile_of(at: str, root: str, source: str) -> Profile:
+    """What the rows of a source are like, cached for as long as the workspace stays at stamp ``at``."""
+    del at
+    table = Results(Path(root)).source(source)
+    return table.profile() if table else Profile({}, pd.DataFrame(columns=["characters", "width", "rows"]))
 
 
 def choose_page(total: int, size: int, *, key: str) -> int:

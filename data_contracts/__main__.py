@@ -13,6 +13,7 @@ from data_contracts import CONTRACTS
 from data_contracts.contract import Selection
 from data_contracts.result import Check, ContractResult
 from medvlm.errors import MedVLMError
+from medvlm.failures import CONTRACT, record_failure
 from medvlm.store import Workspace
 
 SHOWN_EXAMPLES = 5
@@ -66,7 +67,12 @@ def main(
     selection = Selection(benchmark=benchmark, recipe=recipe)
     results: list[ContractResult] = []
     for name in names:
-        result = run_contract(Workspace(workspace), name, selection=selection, docs=docs, accept=accept)
+        try:
+            result = run_contract(Workspace(workspace), name, selection=selection, docs=docs, accept=accept)
+        except Exception as error:
+            # A broken contract has a result; what could not be checked has none, and leaves a note for the dashboard.
+            record_failure(workspace, (CONTRACT, name, *selection.scope), error)
+            raise
         results.append(result)
         if not as_json:
             click.echo(readable(result))

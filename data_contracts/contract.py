@@ -140,6 +140,11 @@ class Selection:
     benchmark: str | None = None
     recipe: str | None = None
 
+    @property
+    def scope(self) -> list[str]:
+        """What was named: the sub-folders of a result, from the contract's folder on."""
+        return [part for part in (self.recipe, self.benchmark) if part is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:

@@ -37,8 +37,7 @@ DOCS = "docs/index.html"
 
 def result_folder(workspace: Workspace, name: str, selection: Selection) -> Path:
     """Where a run's result lies. A run for one recipe or benchmark has a sub-folder of its own."""
-    scope = [part for part in (selection.recipe, selection.benchmark) if part is not None]
-    return workspace.contract(name).joinpath(*scope)
+    return workspace.contract(name).joinpath(*selection.scope)
 
 
 def run_contract(

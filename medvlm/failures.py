@@ -13,9 +13,10 @@ from typing import Any
 from medvlm.errors import MedVLMError
 from medvlm.store import Workspace, read_json, write_json
 
-__all__ = ["Failure", "failures", "record_failure"]
+__all__ = ["CONTRACT", "Failure", "failures", "record_failure"]
 
-STEPS = ("corpus", "fetch", "dataset", "leakage", "train", "train-router", "predict", "score", "leaderboard")
+CONTRACT = "contract"
+STEPS = ("corpus", "fetch", "dataset", "leakage", "train", "train-router", "predict", "score", "leaderboard", CONTRACT)
 """Verbs that are steps of the pipeline; a question that could not be answered is no failed step."""
 
 
@@ -41,7 +42,7 @@ def record_failure(root: Path, command: Sequence[str], error: Exception) -> None
 
     Args:
         root: The workspace. Nothing is written where there is none yet.
-        command: The verb and its arguments.
+        command: The verb and its arguments; of a contract that could not be checked, ``CONTRACT`` and its name.
         error: What ended it.
     """
     if not command or command[0] not in STEPS or not root.is_dir():

@@ -19,16 +19,18 @@ from medvlm.append_only import read_lines
 from medvlm.contract_results import Check, ContractResult, contract_results
 from medvlm.curves import Curve, curves_of
 from medvlm.errors import InputError
+from medvlm.failures import CONTRACT, Failure, failures
 from medvlm.lineage import Step, data_steps, names_in, recipe_steps
 from medvlm.review import Journal
 from medvlm.store import Report, Workspace, read_json, read_report
-from medvlm.tables import Page, Source, dicts, number, open_source, query, thumbnail
+from medvlm.tables import Page, Profile, Source, dicts, number, open_source, query, thumbnail
 
 __all__ = [
     "Check",
     "ContractResult",
     "Curve",
     "Page",
+    "Profile",
     "Report",
     "Results",
     "Source",
@@ -146,6 +148,17 @@ class Results:
     def contracts(self) -> list[ContractResult]:
         """Each contract's last verdict: broken ones first, then by name."""
         return contract_results(self.workspace)
+
+    def unchecked_contracts(self) -> list[Failure]:
+        """The contracts whose last check ended with an error, so that nothing is known; the newest last."""
+        found: list[Failure] = []
+        for failure in failures(self.workspace):
+            if failure.command[0] == CONTRACT:
+                report = read_report(self.workspace.contract("/".join(failure.command[1:])))
+                # A verdict that is newer than a failure shows that the failure is over.
+                if report is None or report.created_at < failure.when:
+                    found.append(failure)
+        return found
 
     def quarantine(self, contract: str, *, rule: str = "", offset: int = 0, limit: int = 50) -> Page:
         """Rows that broke a rule of a contract, of every rule or of one."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from medvlm.data.images import decode_image
 from medvlm.errors import WorkspaceError
 
-__all__ = ["Page", "Source", "SourceKind", "dicts", "number", "open_source", "query", "thumbnail"]
+__all__ = ["Page", "Profile", "Source", "SourceKind", "dicts", "number", "open_source", "query", "thumbnail"]
 
 SourceKind = Literal["figures", "samples", "pairs", "items"]
 Where = Mapping[str, Sequence[str]]
@@ -56,6 +56,16 @@ class Page:
 
     total: int
     rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the rows of a table are like."""
+
+    facets: dict[str, pd.DataFrame]
+    """Facet → ``value`` and ``rows``, the most frequent first, 200 at most."""
+    lengths: pd.DataFrame
+    """Histogram of text lengths: ``characters`` (lower edge of the bin), ``width`` and ``rows``."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,10 @@ class Source:
             limit: Rows at most.
         """
         clause, values = self._condition(where or {}, search)
-        total = number(self.folder, f"SELECT count(*) FROM rows {clause}", values) if clause else self.rows
+        if not clause:
+            # Nothing is looked for: the footers say where the rows are, and those behind the page stay closed.
+            return Page(self.rows, _rows_at(_places(self.folder, offset, limit)))
+        total = number(self.folder, f"SELECT count(*) FROM rows {clause}", values)
         return Page(
             total, self._whole(f"{clause} LIMIT $limit OFFSET $offset", {**values, "limit": limit, "offset": offset})
         )
@@ -108,26 +121,32 @@ class Source:
         sql = f"SELECT {self.key} AS id FROM rows {clause} ORDER BY md5(concat({self.key}, $seed)), id LIMIT $limit"
         return [str(row) for row in query(self.folder, sql, {**values, "seed": str(seed), "limit": limit})["id"]]
 
-    def facet(self, column: str) -> pd.DataFrame:
-        """``value`` and ``rows`` of one facet, the most frequent first."""
-        self._condition({column: ()}, "")
-        sql = f'SELECT "{column}"::VARCHAR AS value, count(*) AS rows FROM rows GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 200'
-        return query(self.folder, sql)
+    def profile(self, *, bins: int = 30) -> Profile:
+        """How many rows each value of each facet has, and how long the texts are: one scan of the narrow columns.
 
-    def text_lengths(self, *, bins: int = 30) -> pd.DataFrame:
-        """Histogram of text lengths: ``characters`` (lower edge of the bin), ``width`` and ``rows``."""
-        # One scan of the texts, whatever the bins are; they are many, the different lengths few.
-        lengths = query(self.folder, f"SELECT length({_TEXT[self.kind]}) AS n, count(*) AS rows FROM rows GROUP BY 1")
-        counted: Any = lengths.dropna().sort_values("n").astype("int64")
-        if counted.empty:
-            return pd.DataFrame(columns=["characters", "width", "rows"])
-        below = counted["rows"].cumsum()
-        # The longest hundredth shares the last bin: a few very long texts would flatten all others.
-        most = int(counted["n"][below >= 0.99 * below.iloc[-1]].iloc[0])
-        width = max(1, -(-most // bins))
-        edges: Any = (counted["n"] // width).clip(upper=bins) * width
-        table = counted.groupby(edges.rename("characters"))["rows"].sum().reset_index()
-        return table.assign(width=width)[["characters", "width", "rows"]]
+        Args:
+            bins: Of the histogram, before the one that the longest hundredth of the texts shares.
+        """
+        columns = ", ".join(f'"{column}"' for column in self.facets)
+        casts = ", ".join(f'"{column}"::VARCHAR AS "{column}"' for column in self.facets)
+        sql = (
+            f"SELECT {columns}, n, grouping({columns}, n) AS absent, count(*) AS rows "
+            f"FROM (SELECT {casts}, length({_TEXT[self.kind]}) AS n FROM rows) GROUP BY GROUPING SETS ({columns}, n)"
+        )
+        found: Any = query(self.folder, sql)
+        names = (*self.facets, "n")
+        # One bit a column, the first the highest: set where the row is not about that column.
+        about = {name: (1 << len(names)) - 1 - (1 << (len(names) - 1 - place)) for place, name in enumerate(names)}
+        parts: dict[str, Any] = {name: found[found["absent"] == bits][[name, "rows"]] for name, bits in about.items()}
+        facets = {
+            name: parts[name]
+            .rename(columns={name: "value"})
+            .sort_values(["rows", "value"], ascending=[False, True])
+            .head(200)
+            .reset_index(drop=True)
+            for name in self.facets
+        }
+        return Profile(facets, _histogram(parts["n"], bins))
 
     def _condition(self, where: Where, search: str) -> tuple[str, dict[str, Any]]:
         """A WHERE clause and its bound values."""
@@ -173,6 +192,20 @@ def open_source(name: str, folder: Path) -> Source | None:
     return Source(name, kind, folder, rows, sum(path.stat().st_size for path in shards))
 
 
+def _histogram(lengths: Any, bins: int) -> pd.DataFrame:
+    """Bins of (``n``, ``rows``) pairs; rows without a length are left out."""
+    counted: Any = lengths.dropna().sort_values("n").astype("int64")
+    if counted.empty:
+        return pd.DataFrame(columns=["characters", "width", "rows"])
+    below = counted["rows"].cumsum()
+    # The longest hundredth shares the last bin: a few very long texts would flatten all others.
+    most = int(counted["n"][below >= 0.99 * below.iloc[-1]].iloc[0])
+    width = max(1, -(-most // bins))
+    edges: Any = (counted["n"] // width).clip(upper=bins) * width
+    table = counted.groupby(edges.rename("characters"))["rows"].sum().reset_index()
+    return table.assign(width=width)[["characters", "width", "rows"]]
+
+
 def query(where: Path | list[Path], sql: str, values: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """The answer to ``sql`` over ``rows``: a shard folder, a file, or a list of files.
 
@@ -207,6 +240,21 @@ def _damaged(where: Path, error: Exception) -> WorkspaceError:
         where=str(where),
         hint="restore it with 'dvc checkout', or run its step again with this version of medvlm",
     )
+
+
+def _places(folder: Path, offset: int, limit: int) -> list[tuple[str, int]]:
+    """File and row number of ``limit`` rows from ``offset`` on, in the order of the files."""
+    found: list[tuple[str, int]] = []
+    for path in sorted(folder.glob("*.parquet")):
+        if len(found) == limit:
+            break
+        try:
+            rows = pq.read_metadata(path).num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from error
+        found += [(str(path), row) for row in range(offset, min(rows, offset + limit - len(found)))]
+        offset = max(0, offset - rows)
+    return found
 
 
 def _rows_at(places: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from dashboards.frame import (
     foreign_text,
     page_of,
     picture,
+    profile_of,
     results,
     show,
     stamp,
@@ -26,7 +27,7 @@ from dashboards.frame import (
     turns_of,
     without_mark,
 )
-from medvlm.results import ContractResult, Page, Results, Source
+from medvlm.results import ContractResult, Page, Profile, Results, Source
 
 PICTURES_A_PAGE = 12
 OK, LOST = "#0f766e", "#c2570c"
@@ -36,20 +37,6 @@ OK, LOST = "#0f766e", "#c2570c"
 def _outcomes(at: str, root: str) -> pd.DataFrame:
     del at
     return Results(Path(root)).fetch_outcomes()
-
-
-@st.cache_data(max_entries=64, show_spinner="Counting …")
-def _facet(at: str, root: str, source: str, column: str) -> pd.DataFrame:
-    del at
-    table = Results(Path(root)).source(source)
-    return table.facet(column) if table else pd.DataFrame(columns=["value", "rows"])
-
-
-@st.cache_data(max_entries=32, show_spinner="Measuring the texts …")
-def _lengths(at: str, root: str, source: str) -> pd.DataFrame:
-    del at
-    table = Results(Path(root)).source(source)
-    return table.text_lengths() if table else pd.DataFrame(columns=["characters", "width", "rows"])
 
 
 def _bars(table: pd.DataFrame, value: str, colour: alt.Color | alt.ColorValue, title: str) -> alt.LayerChart:
@@ -232,10 +219,11 @@ def picture_section() -> None:
     )
     source = sources[name]
     st.caption(f"{source.rows:,} rows, {count(source.bytes, 'B')} in {escaped(source.folder.name)}")
+    profile = profile_of(at, root, name)
     where: list[tuple[str, tuple[str, ...]]] = []
     with st.container(horizontal=True):
         for column in source.facets:
-            values = _facet(at, root, name, column)
+            values = profile.facets[column]
             if len(values) > 1:
                 picked = st.multiselect(tidy(column).capitalize(), list(values["value"]), key=f"{name}-{column}")
                 where.append((column, tuple(picked)))
@@ -254,7 +242,7 @@ def picture_section() -> None:
             with cell.container(border=True, height="stretch"):
                 _card(row, source)
     choose_page(page.total, PICTURES_A_PAGE, key=offset_key)
-    _distributions(source, at, root)
+    _distributions(profile)
 
 
 def _card(row: dict, source: Source) -> None:
@@ -271,12 +259,11 @@ def _card(row: dict, source: Source) -> None:
     st.caption(escaped(" · ".join([str(row[source.key]), *map(tidy, facts)])))
 
 
-def _distributions(source: Source, at: str, root: str) -> None:
+def _distributions(profile: Profile) -> None:
     st.subheader("Distributions", anchor=False)
-    lengths = _lengths(at, root, source.name)
+    lengths = profile.lengths
     # Modality and licence first: what a mix is judged by.
-    columns = sorted(source.facets, key=lambda column: column not in ("modality", "licence"))
-    tables = [(column, _facet(at, root, source.name, column)) for column in columns]
+    tables = sorted(profile.facets.items(), key=lambda pair: pair[0] not in ("modality", "licence"))
     shown = [(column, table) for column, table in tables if len(table) > 1][:2]
     for cell, (column, table) in zip(st.columns(3, gap="large"), [*shown, ("length", lengths)], strict=False):
         with cell:

@@ -14,6 +14,7 @@ import streamlit as st
 from dashboards.frame import count, empty, escaped, results, show, stamp, tidy
 from dashboards.release import release_section
 from medvlm.evaluation.metrics import HEADLINE
+from medvlm.failures import Failure
 from medvlm.results import Results, Step, score_board
 
 STATES = {"done": "✓ fresh", "stale": "↻ stale", "missing": "– not run yet", "failed": "✗ failed"}
@@ -91,9 +92,13 @@ def _table(steps: list[Step]) -> None:
     )
     for step in steps:
         if step.failure:
-            with st.container(border=True, gap="xxsmall"):
-                st.markdown(f":red[**✗ {escaped(step.name)} failed**]")
-                st.text(f"{step.failure.what}\nWhere: {step.failure.where}\nNext:  {step.failure.hint}".rstrip())
+            _failure(f"{step.name} failed", step.failure)
+
+
+def _failure(title: str, failure: Failure) -> None:
+    with st.container(border=True, gap="xxsmall"):
+        st.markdown(f":red[**✗ {escaped(title)}**]")
+        st.text(f"{failure.what}\nWhere: {failure.where}\nNext:  {failure.hint}".rstrip())
 
 
 def _numbers(root: str) -> None:
@@ -199,6 +204,8 @@ def body() -> None:
             "Broken: " + "; ".join(f"**{escaped(c.name)}** ({len(c.failed)} of {len(c.checks)} checks)" for c in broken)
         )
         st.page_link("views/data.py", label="See the contracts", query_params={"section": "Contracts"})
+    for failure in results().unchecked_contracts():
+        _failure(f"contract {'/'.join(failure.command[1:])} could not be checked", failure)
     st.subheader("Data", anchor=False)
     _table(steps)
     recipes = results().recipes()

@@ -15,6 +15,7 @@ from dashboards.frame import (
     empty,
     escaped,
     foreign_text,
+    profile_of,
     results,
     show,
     stamp,
@@ -178,8 +179,8 @@ def _choose(sources: dict[str, Source]) -> tuple[str, Source, list[str]]:
         pair = st.multiselect("Models", models, default=models[:2], max_selections=2, key="pair")
         return who, source, _disagreements(at, root, name, *pair) if len(pair) == 2 else []
     with st.expander("Only a slice"), st.container(horizontal=True):
-        for column in source.facets:
-            values = [str(value) for value in source.facet(column)["value"]]
+        for column, table in profile_of(at, root, name).facets.items():
+            values = [str(value) for value in table["value"]]
             if len(values) > 1:
                 picked = st.multiselect(tidy(column).capitalize(), values, key=f"slice-{name}-{column}")
                 where += ((column, tuple(picked)),)

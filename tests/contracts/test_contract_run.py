@@ -20,6 +20,7 @@ from data_contracts.contract import Selection
 from data_contracts.run import run_contract
 from medvlm.errors import WorkspaceError
 from medvlm.records import Image, PreferencePair
+from medvlm.results import Results
 from medvlm.store import Workspace, read_json, read_report, write_records
 
 
@@ -49,6 +50,18 @@ def test_the_command_says_what_broke_where_and_exits_1(tmp_path: Path) -> None:
     assert re.search(r"BROKEN +image_present.*\n.*observed: 1 of 4 rows.*\n +s3: lost.png", run.stdout)
     assert "contract 'instruct' holds" in run.stdout
     assert run.stderr == ""
+
+
+def test_a_check_that_ends_with_an_error_leaves_a_note_until_there_is_a_verdict(tmp_path: Path) -> None:
+    Workspace(tmp_path).ensure()
+    run = command(tmp_path, "alignment")
+    assert run.returncode == 1 and run.stderr.startswith("error: ")
+    (failure,) = Results(tmp_path).unchecked_contracts()
+    assert failure.command == ("contract", "alignment")
+    assert failure.what in run.stderr and failure.hint in run.stderr
+    broken_alignment(tmp_path)
+    run_contract(Workspace(tmp_path), "alignment")  # a broken contract is known, not unchecked
+    assert Results(tmp_path).unchecked_contracts() == []
 
 
 def test_json_is_one_object_and_the_written_result(tmp_path: Path) -> None:

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
+from real_browser import dashboard, free_port, ready
 from workspace_builder import build_workspace, write_untrained_checkpoint
 
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.review import Journal, saved_preferences
 from medvlm.store import Workspace
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 VIEWS = {
     "": "Overview",
     "data": "Data",
@@ -58,58 +43,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def address(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
-    """A running dashboard, started as the README says but from another folder."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = REPOSITORY / "dashboards" / "app.py"
-    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
-    log = tmp_path_factory.mktemp("log") / "streamlit.log"
-    environment = {**os.environ, "MEDVLM_WORKSPACE": str(workspace.root)}
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(150):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
-                    break
-            except OSError:
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.2)
+    port = free_port()
+    with dashboard(workspace, tmp_path_factory.mktemp("log"), port):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Generator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Generator[tuple[Page, list[str]]]:
-    """A page and the addresses outside this machine that it asked for."""
-    page = browser.new_page(viewport={"width": 1360, "height": 900})
-    page.set_default_timeout(30_000)
-    expect.set_options(timeout=20_000)
-    outside: list[str] = []
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith(("http://127.0.0.1", "data:", "blob:")) else outside.append(r.url),
-    )
-    yield page, outside
-    page.close()
-
-
-def ready(page: Page) -> None:
-    """Wait until the script has run to its end."""
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
 
 
 def keep(page: Page, name: str) -> None:
@@ -153,14 +89,9 @@ def test_keys_decide_and_typing_a_note_does_not(
     tab.goto(f"{address}/review")
     expect(tab.get_by_role("button", name="Accept")).to_be_disabled()
     ready(tab)
-    tab.get_by_label("Your name").fill("ann")
-    tab.get_by_label("Your name").press("Enter")
-    expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
-    ready(tab)
+    sign(tab, "ann")
     progress = tab.get_by_test_id("stProgress")
     expect(progress).to_contain_text("0 of 60")
-    expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
-    tab.get_by_role("heading", level=1).click()  # out of the text field
     tab.keyboard.press("a")
     expect(progress).to_contain_text("1 of 60")
     ready(tab)
@@ -177,6 +108,39 @@ def test_keys_decide_and_typing_a_note_does_not(
     tab.keyboard.press("u")
     expect(progress).to_contain_text("1 of 60")
     assert [d.action for d in Journal(workspace).read()] == ["accept", "reject", "undo"]
+
+
+def sign(tab: Page, name: str) -> None:
+    """Give the review page a name, wait until decisions may be made, and leave the text field."""
+    tab.get_by_label("Your name").fill(name)
+    tab.get_by_label("Your name").press("Enter")
+    expect(tab.get_by_role("button", name="Accept")).to_be_enabled()
+    ready(tab)
+    tab.get_by_role("heading", level=1).click()
+
+
+def test_a_killed_dashboard_loses_nothing_that_it_confirmed(
+    built_workspace: Path, page: tuple[Page, list[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(built_workspace, tmp_path / "workspace")
+    workspace, port = Workspace(tmp_path / "workspace"), free_port()
+    tab, _ = page
+    with dashboard(workspace, tmp_path, port) as server:
+        tab.goto(f"http://127.0.0.1:{port}/review")
+        ready(tab)
+        sign(tab, "ann")
+        tab.keyboard.press("p")
+        expect(tab.get_by_text("Saved: flag privacy")).to_be_visible()
+        server.kill()
+        assert server.wait(30) == -signal.SIGKILL
+    with dashboard(workspace, tmp_path, port):
+        tab.goto(f"http://127.0.0.1:{port}/review")
+        ready(tab)
+        sign(tab, "ann")
+        expect(tab.get_by_test_id("stProgress")).to_contain_text("1 of 60")
+        tab.keyboard.press("a")  # and the journal takes more
+        expect(tab.get_by_test_id("stProgress")).to_contain_text("2 of 60")
+    assert [(d.who, d.action) for d in Journal(workspace).read()] == [("ann", "flag_privacy"), ("ann", "accept")]
 
 
 def test_a_checkpoint_is_talked_to_and_its_answer_is_streamed(

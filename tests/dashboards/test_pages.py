@@ -13,6 +13,8 @@ from workspace_builder import HOSTILE, build_workspace
 from dashboards.frame import count, escaped
 from medvlm import RESEARCH_USE_ONLY
 from medvlm.data.benchmarks import build_benchmark
+from medvlm.errors import WorkspaceError
+from medvlm.failures import record_failure
 from medvlm.results import Results
 from medvlm.store import Workspace
 
@@ -73,6 +75,16 @@ def test_the_overview_says_where_the_pipeline_stands(built_workspace: Path, monk
     scores = page.dataframe[2].value
     assert len(scores) == 8
     assert scores["gain"].to_list() == [33] * 8
+
+
+def test_a_contract_that_could_not_be_checked_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = build_workspace(tmp_path)
+    error = WorkspaceError("a shard is damaged", where="part-00000.parquet", hint="dvc checkout")
+    record_failure(tmp_path, ("contract", "preference", "tiny-stllava-med"), error)
+    monkeypatch.setenv("MEDVLM_WORKSPACE", str(workspace.root))
+    page = AppTest.from_file(str(DASHBOARDS / "app.py"), default_timeout=30).run()
+    assert any("contract preference/tiny\\-stllava\\-med could not be checked" in m.value for m in page.markdown)
+    assert "a shard is damaged\nWhere: part-00000.parquet\nNext:  dvc checkout" in [text.value for text in page.text]
 
 
 def test_fetch_counts_every_row_and_lists_the_lost_ones_by_reason(
