@@ -92,6 +92,7 @@ BENCHMARKS = {
     ),
     "moe": Benchmark("Mixture of experts", (("--tokens", "1024", "--trials", "5"),)),
     "serve": Benchmark("Serve", (("--requests", "32"),)),
+    "dashboard": Benchmark("Dashboard"),
 }
 """Every script of this folder but this one; a test sees to it."""
 
