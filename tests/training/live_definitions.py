@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from orchestration.executors import executor_of_environment
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 
@@ -25,6 +26,7 @@ def small() -> None:
 
 root = Path(os.environ["DAGSTER_HOME"]).parent
 defs = dg.Definitions(
+    executor=executor_of_environment(),
     assets=[training, small],
     jobs=[dg.define_asset_job("train", [training]), dg.define_asset_job("look", [small])],
     resources={"project": DvcProject(root=str(root), launcher=TrainingLauncher())},
