@@ -262,6 +262,10 @@ class Speed(_Section):
     They are sizes in that a twin may change them: how much is computed, not what.
     """
 
+    feature_cache: Annotated[bool, SIZE] = True
+    """What a frozen tower makes of an image is kept on disk, in the precision of the stage."""
+    feature_cache_gb: Annotated[float, Field(gt=0), SIZE] = 50.0
+    """Most disk that a stage may add to it, in GB."""
     loss_at_labels: Annotated[bool, SIZE] = True
     """The vocabulary is projected to at tokens that are learned, a bounded number of them at once."""
     packing: Annotated[bool, SIZE] = True

@@ -343,6 +343,18 @@ class StagePlan:
         epoch, place = divmod(position, self.sequences_per_epoch)
         return self._epoch(epoch)[place]
 
+    def images(self, samples: Sequence[StageSample]) -> tuple[dict[str, int], int]:
+        """Images that the run reads, each with a sample that has it, and how often it reads one.
+
+        Args:
+            samples: Those that the plan was made of.
+        """
+        positions = range(min(self.length, self.sequences_per_epoch))
+        found: dict[str, int] = {}
+        for index in range(len(samples)) if len(positions) < self.length else (self[p][0] for p in positions):
+            found.setdefault(samples[index].image_sha256, index)
+        return found, self.length
+
     def asked(self, turns: int, name: str, epoch: int) -> frozenset[int]:
         """Indices of the turns of a conversation that the model asks itself in an epoch."""
         return self_questions(turns, name, epoch, ratio=self._ratio, seed=self._seed)

@@ -237,6 +237,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.models.checkpoint import git_commit, save_checkpoint
     from medvlm.training.collate import ConversationEncoder
     from medvlm.training.data import PixelStore, StagePlan, TrainingSet, stage_samples
+    from medvlm.training.images import image_store
     from medvlm.training.lora import attach, detach, take_adapter
     from medvlm.training.params import freeze, parameter_counts
 
@@ -251,7 +252,9 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     encoder = ConversationEncoder(job.recipe, start.tokenizer, stage.template, stage.max_length)
     # Flash-attention knows no trees: there, questions of one image stand apart.
     trees = job.engine.attention != "flash_attention_2"
-    training_set = TrainingSet(samples, plan, encoder, PixelStore(start.processor), shared_prefix=trees)
+    pixels = PixelStore(start.processor)
+    images = image_store(job.workspace, stage, job.engine, start, samples, plan, pixels)
+    training_set = TrainingSet(samples, plan, encoder, images, shared_prefix=trees)
     counts = {
         "samples": len(samples),
         "quarantined": left_out["quarantined"],

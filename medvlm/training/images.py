@@ -1,0 +1,105 @@
+"""Where a stage's images come from: pixels for a tower that runs, or features that a frozen tower made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medvlm.models.features import FeatureCache, feature_key, tower_features
+from medvlm.recipe_schema import Stage
+from medvlm.store import Workspace
+from medvlm.training.engine import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medvlm.models.checkpoint import Checkpoint
+    from medvlm.training.data import ImageStore, StagePlan, StageSample
+
+__all__ = ["image_store"]
+
+_REUSE = 1.5
+"""Readings of an image from which on keeping its features pays."""
+
+
+def image_store(
+    workspace: Workspace,
+    stage: Stage,
+    engine: Engine,
+    start: Checkpoint,
+    samples: Sequence[StageSample],
+    plan: StagePlan,
+    pixels: ImageStore,
+) -> ImageStore:
+    """Features from the workspace's cache where that pays, else pixels; says which, and what it takes.
+
+    The cache is off where the tower learns, where each image is read about once, where the stage says so, and where
+    the disk it needs is more than the stage allows or than is free.
+
+    Args:
+        workspace: The cache lies in its scratch.
+        stage: Its ``speed`` allows the cache.
+        engine: Its precision is that of the features: what the tower itself would hand on.
+        start: The model.
+        samples: Of the stage.
+        plan: Which of them the run reads, and how often.
+        pixels: Reads an image.
+
+    Raises:
+        InputError: An image does not decode; the sample is named.
+        WorkspaceError: The disk is full.
+    """
+    if not stage.speed.feature_cache or "vision_tower" in stage.trains:
+        return pixels
+    wanted, readings = plan.images(samples)
+    key = feature_key(start, engine.precision)
+    shape = (start.recipe.model.image_tokens, start.recipe.model.vision_tower.hidden_size)
+    cache = FeatureCache(workspace.scratch("features", key), shape, engine.precision)
+    missing = cache.missing(list(wanted))
+    if missing and not _fits(stage, engine, cache, len(wanted), len(missing), readings):
+        return pixels
+    own = missing[engine.rank :: engine.processes]
+    if own:
+        with _encoder(start, engine) as encode:
+            cache.fill(own, lambda sha256: pixels(samples[wanted[sha256]]), encode)
+    if engine.processes > 1:
+        import torch.distributed as dist
+        from accelerate import PartialState
+
+        PartialState()  # sets the processes up, as the Trainer would
+        dist.barrier()
+        cache.refresh()
+    return lambda sample: cache[sample.image_sha256]
+
+
+def _fits(stage: Stage, engine: Engine, cache: FeatureCache, images: int, missing: int, readings: int) -> bool:
+    size, limit = missing * cache.image_bytes, stage.speed.feature_cache_gb * 1e9
+    text = f"feature cache: {missing:,} images x {cache.image_bytes / 1e3:,.0f} KB = {size / 1e9:.2f} GB"
+    where = f"stages.{stage.name}.speed.feature_cache_gb"
+    if readings < _REUSE * images:
+        reason = "off: each image is read about once"
+    elif size > limit:
+        reason = f"off: more than {where}, {stage.speed.feature_cache_gb:g}"
+    elif size > 0.9 * cache.free_bytes():
+        reason = f"off: only {cache.free_bytes() / 1e9:.2f} GB of disk are free"
+    else:
+        reason = ""
+    if engine.rank == 0:
+        click.echo(f"{text} in {cache.folder}{f'; {reason}' if reason else ''}", err=True)
+    return not reason
+
+
+@contextmanager
+def _encoder(start: Checkpoint, engine: Engine) -> Generator[Callable[[Tensor], Tensor]]:
+    """The tower where it computes fastest, in float32; afterwards it is back on the CPU."""
+    import torch
+
+    model: Any = start.model
+    tower = model.model.vision_tower.to(engine.device)
+    try:
+        yield lambda pixels_NCHW: tower_features(model, pixels_NCHW.to(engine.device, torch.float32))
+    finally:
+        tower.cpu()
