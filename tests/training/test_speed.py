@@ -78,7 +78,7 @@ def test_stages_and_recipes_share_the_features(
 def test_the_cache_is_off_where_it_does_not_serve(
     trained: TrainedTwin, tmp_path: Path, capfd: pytest.CaptureFixture[str], override: str, word: str
 ) -> None:
-    found = losses(trained, tmp_path / "ws", "stages.instruct.max_steps=2", override)
+    found = losses(trained, tmp_path / "ws", "stages.instruct.max_steps=4", override)
     assert found and all(torch.isfinite(torch.tensor(found)))
     assert not list((tmp_path / "ws").rglob("*.bin"))
     assert word in capfd.readouterr().err
