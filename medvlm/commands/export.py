@@ -41,7 +41,10 @@ def export(checkpoint: Path, out: Path, dtype: str, as_json: bool) -> None:
     Examples:
       medvlm export workspace/recipes/tiny-llava-med/stage2/checkpoint/all exported
       medvlm export imported-v15 llava-med-v15-hf --dtype bfloat16
-      vllm serve llava-med-v15-hf
+      vllm serve llava-med-v15-hf --chat-template-content-format openai
+
+    The last option tells vLLM to hand images to the chat template, which older versions do not see by themselves:
+    they would write a mark into the text, which the template takes apart as it does with any foreign mark.
     """
     from medvlm.models.export import export_checkpoint
 
