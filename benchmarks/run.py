@@ -61,7 +61,8 @@ BENCHMARKS = {
     "train": Benchmark("Train"),
     "scaling": Benchmark("Scaling"),
     "overheads": Benchmark("Overheads"),
-    "dvc_shards": Benchmark("DVC and shards"),
+    "dvc_shards": Benchmark("DVC and many figures"),
+    "dashboard": Benchmark("Dashboard"),
     "contracts": Benchmark("Contracts"),
     "leakage": Benchmark("Leakage"),
     "fetch": Benchmark(
