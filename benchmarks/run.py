@@ -62,7 +62,6 @@ BENCHMARKS = {
     "scaling": Benchmark("Scaling"),
     "overheads": Benchmark("Overheads"),
     "dvc_shards": Benchmark("DVC and many figures"),
-    "dashboard": Benchmark("Dashboard"),
     "contracts": Benchmark("Contracts"),
     "leakage": Benchmark("Leakage"),
     "fetch": Benchmark(
