@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINING_STARTED = """
 import os, sys, time
 def listen(event):
+    if "step" not in event:
+        return  # of the feature cache
     print(f"STARTED {time.monotonic() - float(os.environ['MEDVLM_BENCH_BEGAN'])}", flush=True)
     os._exit(0)
 """
