@@ -64,9 +64,8 @@ def _samples(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--tuning",
     type=click.Choice(["full", "lora", "qlora"]),
-    default="full",
-    show_default=True,
-    help="The whole language model, adapters of rank 128, or adapters over 4-bit weights.",
+    help="The whole language model, adapters (of the recipe's rank, else 128), or adapters over 4-bit weights.  "
+    "[default: as the recipe says]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw memory and hours as PNG.")
@@ -79,7 +78,7 @@ def plan(
     mfu: float | None,
     price: float | None,
     samples: dict[str, int],
-    tuning: str,
+    tuning: str | None,
     overrides: tuple[str, ...],
     picture: Path | None,
     as_json: bool,
@@ -113,7 +112,7 @@ def plan(
         price=price,
         workspace=Workspace(Path(workspace)),
         samples=samples,
-        tuning=cast("Tuning", tuning),
+        tuning=cast("Tuning | None", tuning),
     )
     if picture is not None:
         _draw(made, picture)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medvlm.recipe_schema import Recipe, Stage
+from medvlm.recipe_schema import Part, Recipe, Stage
 from medvlm.training.hardware import Device
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "Setup",
     "Shape",
     "Tuning",
+    "adapter_parameters",
     "load_of_step",
     "memory_by_part",
     "model_shape",
+    "own_tuning",
     "trained_parameters",
 ]
 
@@ -53,8 +55,8 @@ class Shape:
     """The input table: memory, but no multiplication."""
     adaptable: int
     """Weights of the language model that LoRA puts an adapter beside, and that 4-bit loading packs."""
-    lora: int
-    """Parameters of the adapters at rank ``LORA_RANK``."""
+    adapter_widths: dict[str, int]
+    """By part, what all its adapters have together at rank 1: inputs and outputs of every adapted layer."""
 
     @property
     def total(self) -> int:
@@ -97,15 +99,43 @@ def model_shape(recipe: Recipe, stage: Stage | None = None) -> Shape:
         idle=idle,
         embedding=model.get_input_embeddings().weight.numel(),
         adaptable=sum(m.weight.numel() for m in linear),
-        lora=sum(LORA_RANK * (m.in_features + m.out_features) for m in linear),
+        adapter_widths={
+            part: sum(layer.in_features + layer.out_features for layer in _adapted(model, recipe, part))
+            for part in ("language_model", "vision_tower")
+        },
     )
+
+
+def _adapted(model: Any, recipe: Recipe, part: Part) -> list[Any]:
+    from medvlm.training.lora import adapted_layers
+
+    module = model.model.get_submodule(part)
+    return [module.get_submodule(name) for name in adapted_layers(module, recipe, part)]
+
+
+def own_tuning(stage: Stage) -> Tuning:
+    """How the recipe's stage trains the language model."""
+    return "lora" if "language_model" in stage.trains and stage.adapter("language_model") else "full"
+
+
+def adapter_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> dict[str, int]:
+    """By part that learns through adapters, how many parameters these have.
+
+    The language model's follow ``tuning``, at the stage's rank or else ``LORA_RANK``; the tower's are the stage's.
+    """
+    ranks: dict[str, int] = {}
+    for part in ("language_model", "vision_tower"):
+        own = stage.adapter(part)
+        if part == "language_model" and tuning != "full" and part in stage.trains:
+            ranks[part] = own.rank if own else LORA_RANK
+        elif part == "vision_tower" and own:
+            ranks[part] = own.rank
+    return {part: rank * shape.adapter_widths[part] for part, rank in ranks.items()}
 
 
 def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
     """How many parameters learn."""
-    sizes = {**shape.parts, "feed_forward": shape.feed_forward}
-    if tuning != "full":
-        sizes["language_model"] = shape.lora
+    sizes = {**shape.parts, "feed_forward": shape.feed_forward, **adapter_parameters(shape, stage, tuning)}
     return sum(sizes[part] for part in stage.trains)
 
 
@@ -126,10 +156,10 @@ def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> 
     weights = shape.total * wide
     if setup.tuning == "qlora":
         weights -= shape.adaptable * (wide - _NF4_BYTES)
-    if setup.tuning != "full":
-        weights += shape.lora * wide
+    weights += sum(adapter_parameters(shape, stage, setup.tuning).values()) * wide
     gathered = min(shape.total, _GATHERED_ELEMENTS) * wide
     buckets = min(learned, _BUCKET_ELEMENTS) * wide
+    rows = setup.micro_batch * _answers(stage)
     text = stage.max_length - recipe.model.image_tokens
     vocabulary = recipe.model.tokenizer.vocab_size
     states = learned * (8 if wide == 4 else 12) * (share if setup.zero_stage >= 1 else 1)
@@ -141,9 +171,14 @@ def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> 
         "gradients": learned * wide * (share if setup.zero_stage >= 2 else 1),
         "optimizer_states": 0.0 if setup.offload_optimizer and setup.device.is_gpu else states,
         "activations": _activations(recipe, stage, setup, wide),
-        "logits": setup.micro_batch * vocabulary * (stage.max_length * 2 * wide + text * (wide + 8)),
+        "logits": rows * vocabulary * (stage.max_length * 2 * wide + text * (wide + 8)),
         "overhead": overhead,
     }
+
+
+def _answers(stage: Stage) -> int:
+    """Sequences of one sample: a preference pair has two."""
+    return 2 if stage.objective == "dpo" else 1
 
 
 def _activations(recipe: Recipe, stage: Stage, setup: Setup, wide: int) -> float:
@@ -156,7 +191,7 @@ def _activations(recipe: Recipe, stage: Stage, setup: Setup, wide: int) -> float
     """
     model = recipe.model
     decoder, tower = model.language_model, model.vision_tower
-    tokens = setup.micro_batch * stage.max_length
+    tokens = setup.micro_batch * _answers(stage) * stage.max_length
     keys = 2 * decoder.hidden_size * decoder.kv_heads / decoder.heads
     norms = 16 * decoder.hidden_size if wide == 2 else 0
     layer = tokens * (wide * (6 * decoder.hidden_size + keys + 4 * decoder.mlp_size) + norms)
@@ -197,13 +232,18 @@ def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, token
     matrices = shape.parts["language_model"] - shape.embedding - shape.idle
     forward = 2 * matrices * tokens + 2 * tokens**2 * decoder.hidden_size * decoder.layers
     passes = 2.0 + setup.gradient_checkpointing
+    adapters = adapter_parameters(shape, stage, setup.tuning)
     if "language_model" in stage.trains:
-        passes += 1 if setup.tuning == "full" else shape.lora / max(1, matrices)
+        passes += adapters.get("language_model", matrices) / max(1, matrices)
     if "feed_forward" in stage.trains:
         passes += (shape.feed_forward - shape.idle) / max(1, matrices)
     patches = tower.patches + 1
     seeing = 2 * shape.parts["vision_tower"] * patches + 4 * patches**2 * tower.hidden_size * tower.layers
-    seeing *= 3 + setup.gradient_checkpointing if "vision_tower" in stage.trains else 1
+    if "vision_tower" in stage.trains:
+        share = adapters.get("vision_tower", shape.parts["vision_tower"]) / shape.parts["vision_tower"]
+        seeing *= 2 + share + setup.gradient_checkpointing
+    # Of two answers to choose between, the model before training is asked once: forward only.
+    passes = (passes + 1) * 2 if stage.objective == "dpo" else passes
     projecting = 6 * shape.parts["projector"] * tower.patches
     wide = 4 if setup.device.precision == "fp32" else 2
     split = (setup.processes - 1) / setup.processes

@@ -14,7 +14,7 @@ from medvlm.recipe_schema import Adapter, Part, Recipe, Stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TrainedAdapter", "attach", "detach", "is_adapter", "rate_ratio", "take_adapter"]
+__all__ = ["TrainedAdapter", "adapted_layers", "attach", "detach", "is_adapter", "rate_ratio", "take_adapter"]
 
 _MODULES: dict[Part, str] = {"vision_tower": "model.vision_tower", "language_model": "model.language_model"}
 _PROJECTOR = "multi_modal_projector"
@@ -53,14 +53,14 @@ def attach(model: nn.Module, recipe: Recipe, stage: Stage) -> None:
             r=spec.rank,
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
-            target_modules=_linear_layers(module, recipe, part),
+            target_modules=adapted_layers(module, recipe, part),
         )
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             inject_adapter_in_model(config, module, adapter_name=_NAME)
 
 
-def _linear_layers(module: nn.Module, recipe: Recipe, part: Part) -> list[str]:
+def adapted_layers(module: nn.Module, recipe: Recipe, part: Part) -> list[str]:
     """Names of the linear layers that a gradient reaches."""
     from torch import nn
 

@@ -19,6 +19,7 @@ from medvlm.training.footprint import (
     load_of_step,
     memory_by_part,
     model_shape,
+    own_tuning,
     trained_parameters,
 )
 from medvlm.training.hardware import DEVICES, Hardware
@@ -109,7 +110,7 @@ def make_plan(
     price: float | None = None,
     workspace: Workspace | None = None,
     samples: Mapping[str, int] | None = None,
-    tuning: Tuning = "full",
+    tuning: Tuning | None = None,
 ) -> Plan:
     """Parameters, memory, steps, tokens, hours and cost of every stage.
 
@@ -121,7 +122,7 @@ def make_plan(
         price: Of a device and hour, in any currency; None: no cost.
         workspace: Its datasets are counted where they are; else the published sizes stand in.
         samples: By stage name, instead of what is counted or published.
-        tuning: What the recipe's own choice is compared as: the whole language model, or adapters beside it.
+        tuning: How the language model learns, in every stage that trains it; None: as the recipe says.
 
     Raises:
         TrainingError: A stage's global batch does not split over so many devices.
@@ -161,12 +162,12 @@ def _planned(
     price: float | None,
     workspace: Workspace | None,
     samples: dict[str, int],
-    tuning: Tuning,
+    tuning: Tuning | None,
 ) -> StagePlanned:
     stage = recipe.stages[number - 1]
     micro_batch, accumulation = split_batch(recipe, stage, hardware.count)
     # Adapters stand beside the language model only; a stage that leaves it frozen has none.
-    own: Tuning = tuning if "language_model" in stage.trains else "full"
+    own: Tuning = (tuning or own_tuning(stage)) if "language_model" in stage.trains else "full"
     setup = Setup(
         device=hardware.device,
         processes=hardware.count,

@@ -40,6 +40,9 @@ FULL_SIZE = {
     "cliva-med-stablelm": Published(
         1_644_515_328, None, "stabilityai/stablelm-2-1_6b, safetensors header; its model card: 1.6B", tower=303_507_456
     ),
+    "stllava-med": Published(
+        6_738_415_616, None, "lmsys/vicuna-7b-v1.5, safetensors header (Llama 2 7B: 6.74B)", tower=303_507_456
+    ),
     # Its tower is published with a classifier of 1,281,000 more: 4.7 M in all (EfficientNet-Lite's README).
     "smol-llava-med": Published(134_515_008, None, "SmolLM2-135M-Instruct's model card: 134,515,008", tower=3_371_008),
 }

@@ -201,3 +201,32 @@ def test_a_dataset_in_the_workspace_is_counted(tmp_path: Path) -> None:
     assert stage("align", workspace=workspace).samples == 500_000
     twin = stage("align", "tiny-llava-med", "CPU", workspace=workspace)
     assert (twin.samples, twin.steps) == (40, 120)
+
+
+@pytest.mark.parametrize("name", ["align", "instruct", "prefer"])
+def test_adapters_are_counted_as_training_attaches_them(name: str) -> None:
+    from medvlm.models.meta import meta_model
+    from medvlm.training.lora import attach
+    from medvlm.training.params import freeze
+
+    recipe = load_recipe("tiny-stllava-med")
+    _, of_recipe = recipe.stage(name)
+    model = meta_model(recipe)
+    attach(model, recipe, of_recipe)
+    freeze(model, of_recipe)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert stage(name, "tiny-stllava-med", "CPU").trained == learning
+
+
+def test_a_recipe_with_adapters_is_planned_with_them_and_can_be_planned_without() -> None:
+    own, full = stage("instruct", "stllava-med"), stage("instruct", "stllava-med", tuning="full")
+    assert own.tuning == "lora" and own.trained < 0.06 * full.trained < full.trained
+    assert own.gib_per_gpu < full.gib_per_gpu and own.operations < full.operations
+    assert stage("align", "stllava-med").tuning == "full"
+
+
+def test_a_preference_pair_costs_two_answers_and_two_more_forward_passes() -> None:
+    pair = stage("prefer", "stllava-med", samples={"prefer": 10_240})
+    single = stage("instruct", "stllava-med", samples={"instruct": 10_240}, overrides=["stages.instruct.epochs=1"])
+    ratio = (pair.operations / pair.tokens) / (single.operations / single.tokens)
+    assert ratio == pytest.approx(2 * 4 / 3, rel=0.05)
