@@ -58,8 +58,13 @@ def image_store(
     key = feature_key(start, engine.precision)
     shape = (start.recipe.model.image_tokens, start.recipe.model.vision_tower.hidden_size)
     cache = FeatureCache(workspace.scratch("features", key), shape, engine.precision)
-    missing = cache.missing(list(wanted))
-    if missing and not _fits(stage, engine, cache, len(wanted), len(missing), readings):
+
+    def look() -> tuple[list[str], bool]:
+        missing = cache.missing(list(wanted))
+        return missing, not missing or _fits(stage, engine, cache, len(wanted), len(missing), readings)
+
+    missing, kept = _agreed(engine, look)
+    if not kept:
         return pixels
     own = missing[engine.rank :: engine.processes]
     if own:
@@ -67,12 +72,23 @@ def image_store(
             cache.fill(own, lambda sha256: pixels(samples[wanted[sha256]]), encode)
     if engine.processes > 1:
         import torch.distributed as dist
-        from accelerate import PartialState
 
-        PartialState()  # sets the processes up, as the Trainer would
         dist.barrier()
         cache.refresh()
     return lambda sample: cache[sample.image_sha256]
+
+
+def _agreed(engine: Engine, look: Callable[[], tuple[list[str], bool]]) -> tuple[list[str], bool]:
+    """What the first process sees, on all of them: a later look would miss what another has written meanwhile."""
+    if engine.processes == 1:
+        return look()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState()  # sets the processes up, as the Trainer would
+    seen: list[Any] = [look() if engine.rank == 0 else None]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
 
 
 def _fits(stage: Stage, engine: Engine, cache: FeatureCache, images: int, missing: int, readings: int) -> bool:
