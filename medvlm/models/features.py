@@ -90,7 +90,8 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """See what other processes have added."""
-        for index in sorted(self.folder.glob("*.json")):
+        # Not the temporary files of a process that writes just now.
+        for index in sorted(self.folder.glob("[!.]*.json")):
             shard = index.with_suffix(".bin")
             for slot, sha256 in enumerate(read_json(index)["images"]):
                 self._places.setdefault(sha256, _Place(shard, slot))

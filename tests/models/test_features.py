@@ -70,6 +70,20 @@ def test_two_processes_that_share_the_work_see_it_all(tmp_path: Path) -> None:
     assert not one.missing(IMAGES) and torch.equal(one[IMAGES[1]], two[IMAGES[1]])
 
 
+def test_an_index_that_another_process_still_writes_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    FeatureCache(folder, SHAPE, "fp32").fill(IMAGES[:3], pixels, encode)
+    (index,) = folder.glob("[!.]*.json")
+    whole = index.read_text()
+    index.unlink()
+    (folder / f".tmp-{'0' * 32}-{index.name}").write_text(whole)
+    late = FeatureCache(folder, SHAPE, "fp32")
+    assert late.missing(IMAGES[:3]) == IMAGES[:3]
+    index.write_text(whole)
+    late.refresh()
+    assert torch.equal(late[IMAGES[1]], encode(pixels(IMAGES[1]).unsqueeze(0))[0])
+
+
 def made(*overrides: str) -> Checkpoint:
     recipe = load_recipe("tiny-llava-med", overrides)
     tokenizer = train_tokenizer(recipe, ["Is there a lesion?", "Yes"] * 3)
