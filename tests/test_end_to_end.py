@@ -128,7 +128,7 @@ def looked_at() -> Iterator[Any]:
             yield pytest.param(name, benchmark, marks=[open_goal] if name == "tiny-stllava-med" else [])
 
 
-@pytest.mark.parametrize(("recipe", "benchmark"), looked_at())
+@pytest.mark.parametrize(("recipe", "benchmark"), list(looked_at()))
 def test_the_model_looks(walked: Walk, recipe: str, benchmark: str) -> None:
     rows = json.loads(walked.run("medvlm", "leaderboard", "--json").stdout)
     (row,) = [
