@@ -106,7 +106,8 @@ def test_a_finished_mixture_is_kept_with_its_load(tuned: TunedMixture) -> None:
     again = run_stage(tuned.workspace, tuned.recipe, 3)
     assert again.details["reused"] == ["all"]
     assert again.details["expert_load"] == tuned.moe_tune.details["expert_load"]
-    assert again.metrics == tuned.moe_tune.metrics
+    # What was kept ran at no pace; everything that describes the model is as it was.
+    assert again.metrics == {name: tuned.moe_tune.metrics[name] for name in ("loss", "expert_balance")}
 
 
 def test_another_router_makes_the_stage_train_again(tuned: TunedMixture, tmp_path: Path) -> None:
