@@ -11,7 +11,7 @@ import click
 from medvlm.models.features import FeatureCache, feature_key, tower_features
 from medvlm.recipe_schema import Stage
 from medvlm.store import Workspace
-from medvlm.training.engine import Engine
+from medvlm.training.engine import Engine, quiet_libraries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,7 @@ def _agreed(engine: Engine, look: Callable[[], tuple[list[str], bool]]) -> tuple
     import torch.distributed as dist
     from accelerate import PartialState
 
+    quiet_libraries()  # else DeepSpeed compiles an operator that nothing needs, or waits for who was killed at it
     PartialState()  # sets the processes up, as the Trainer would
     seen: list[Any] = [look() if engine.rank == 0 else None]
     dist.broadcast_object_list(seen, src=0)
