@@ -86,7 +86,8 @@ def test_a_job_that_an_administrator_kills_is_said_at_once(slurm: SlurmCluster, 
         time.sleep(0.05)
     slurm.command("scancel", "--signal=KILL", "--full", slurm.command("squeue", "--noheader", "--format=%A"))
     assert running.wait(60) == 1
-    assert "ended without an exit code" in (tmp_path / "log").read_text()
+    # Whether the batch script can still note its exit code is a matter of luck; the way on is said in both cases.
+    assert "the same command goes on from" in (tmp_path / "log").read_text()
     held(
         "an administrator kills the Slurm job",
         lost="the steps since the last checkpoint",
