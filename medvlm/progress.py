@@ -26,13 +26,12 @@ def report_progress(event: Mapping[str, Any]) -> None:
         event: JSON values. Training sends ``step``, ``steps``, ``loss``, ``learning_rate``,
             ``samples_per_s`` and ``eta_s``; a fetch sends ``done``, ``total`` and ``by_status``.
     """
-    _listener()(event)
+    name = os.environ.get(LISTENER_VARIABLE)
+    if name:
+        _listener(name)(event)
 
 
 @functools.cache
-def _listener() -> Listener:
-    name = os.environ.get(LISTENER_VARIABLE)
-    if not name:
-        return lambda event: None
+def _listener(name: str) -> Listener:
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)

@@ -60,7 +60,9 @@ class ResponseCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._connection.close()
+        # Under the lock: a thread that still asks gets an error afterwards, where SQLite would crash the process.
+        with self._lock:
+            self._connection.close()
 
     @staticmethod
     def key(body: Mapping[str, Any]) -> str:
@@ -68,11 +70,20 @@ class ResponseCache:
         return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def get(self, key: str) -> Completion | None:
-        """The answer that was given to this request, if there is one."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT text, finish_reason, prompt_tokens, completion_tokens FROM answers WHERE key = ?", (key,)
-            ).fetchone()
+        """The answer that was given to this request, if there is one.
+
+        Raises:
+            WorkspaceError: The file is no longer readable, or the cache was closed.
+        """
+        try:
+            with self._lock:
+                row = self._connection.execute(
+                    "SELECT text, finish_reason, prompt_tokens, completion_tokens FROM answers WHERE key = ?", (key,)
+                ).fetchone()
+        except sqlite3.Error as error:
+            raise WorkspaceError(
+                f"a kept answer cannot be read: {error}", where=str(self._path), hint="fix or delete the file"
+            ) from error
         return Completion(*row) if row else None
 
     def put(self, key: str, answer: Completion) -> Completion:

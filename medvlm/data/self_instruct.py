@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -101,10 +101,11 @@ def rounds_to_turns(rounds: list[tuple[str, str]], *, image_first: bool) -> tupl
     return tuple(turns)
 
 
-def ask_in_order(ask: Callable[[T], R], items: Iterable[T], concurrency: int) -> Iterator[R]:
+def ask_in_order(ask: Callable[[T], R], items: Iterable[T], concurrency: int) -> Generator[R]:
     """What ``ask`` returns for each item, in the items' order, with so many calls at a time.
 
-    At most four times as many items are in memory. An exception of any call stops the rest.
+    At most four times as many items are in memory. An exception of any call stops the rest; a
+    caller that stops half way closes the generator, which waits for the calls under way.
     """
     with ThreadPoolExecutor(concurrency) as pool:
         waiting: deque[Future[R]] = deque()

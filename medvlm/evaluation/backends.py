@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from medvlm.data.endpoint import ChatClient, Unanswered
 from medvlm.data.images import decode_image
+from medvlm.data.response_cache import Completion
 from medvlm.data.self_instruct import ask_in_order
 from medvlm.data.watched import watched
 from medvlm.errors import EndpointError, PredictionMismatch
@@ -82,28 +84,30 @@ class ServerBackend:
             EndpointError: The server cannot be reached, refuses everything, or refuses an item.
         """
         messages = [self._messages(item, blind) for item in items]
-        replies = ask_in_order(
-            lambda message: self._client.complete(message, max_tokens=self._max_tokens),
-            messages,
-            self._client.settings.concurrency,
-        )
         answers: list[Prediction] = []
-        for item, reply in zip(items, replies, strict=True):
-            if isinstance(reply, Unanswered):
-                self._refuse(item, reply)
-            text = "" if isinstance(reply, Unanswered) else reply.text.strip()
-            answers.append(
-                Prediction(
-                    item_id=item.item_id,
-                    benchmark=item.benchmark,
-                    model=self._name,
-                    stage=self.STAGE,
-                    blind=blind,
-                    prompt=self._style.prompt(item),
-                    text=text,
-                )
+        with closing(
+            ask_in_order(
+                lambda message: self._client.complete(message, max_tokens=self._max_tokens),
+                messages,
+                self._client.settings.concurrency,
             )
+        ) as replies:
+            for item, reply in zip(items, replies, strict=True):
+                if isinstance(reply, Unanswered):
+                    self._refuse(item, reply)
+                answers.append(self._prediction(item, reply, blind))
         return answers
+
+    def _prediction(self, item: VQAItem, reply: Completion | Unanswered, blind: bool) -> Prediction:
+        return Prediction(
+            item_id=item.item_id,
+            benchmark=item.benchmark,
+            model=self._name,
+            stage=self.STAGE,
+            blind=blind,
+            prompt=self._style.prompt(item),
+            text="" if isinstance(reply, Unanswered) else reply.text.strip(),
+        )
 
     def _refuse(self, item: VQAItem, reply: Unanswered) -> None:
         self.refusals[item.item_id] = f"{reply.reason}: {reply.detail}"

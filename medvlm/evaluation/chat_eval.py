@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -190,18 +191,21 @@ def _ask(
     on_reply: Callable[[int, int], None],
 ) -> list[Completion | Unanswered]:
     replies: list[Completion | Unanswered] = []
-    for reply in ask_in_order(
-        lambda prompt: client.complete(prompt, max_tokens=max_tokens), prompts, client.settings.concurrency
-    ):
-        if isinstance(reply, Unanswered) and reply.reason == "budget_spent":
-            raise EndpointError(
-                f"the token budget does not allow another review: {client.budget.spent} tokens are spent, "
-                f"{reply.detail}; {len(replies)} of {len(prompts)} reviews are there",
-                where=client.endpoint.url,
-                hint="run again with --token-budget for the rest: the reviews that are there are kept",
-            )
-        replies.append(reply)
-        on_reply(len(replies), client.budget.spent)
+    with closing(
+        ask_in_order(
+            lambda prompt: client.complete(prompt, max_tokens=max_tokens), prompts, client.settings.concurrency
+        )
+    ) as asked:
+        for reply in asked:
+            if isinstance(reply, Unanswered) and reply.reason == "budget_spent":
+                raise EndpointError(
+                    f"the token budget does not allow another review: {client.budget.spent} tokens are spent, "
+                    f"{reply.detail}; {len(replies)} of {len(prompts)} reviews are there",
+                    where=client.endpoint.url,
+                    hint="run again with --token-budget for the rest: the reviews that are there are kept",
+                )
+            replies.append(reply)
+            on_reply(len(replies), client.budget.spent)
     return replies
 
 

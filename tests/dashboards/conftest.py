@@ -17,7 +17,9 @@ def built_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_workspace(tmp_path_factory.mktemp("dashboards") / "workspace").root
 
 
-@pytest.fixture(scope="session")
+# One a file, not one a session: while Playwright is open, the thread counts as inside an event loop, and
+# every later test that starts one of its own (each fetch does) would fail.
+@pytest.fixture(scope="module")
 def browser() -> Generator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium")

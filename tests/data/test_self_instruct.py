@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from medvlm.data.instruct import build_instruct
 from medvlm.data.readers.llava_med import fault_of
 from medvlm.data.response_cache import Completion, ResponseCache
 from medvlm.data.self_instruct import ask_in_order, figure_request, parse_rounds, rounds_to_turns
-from medvlm.errors import EndpointError
+from medvlm.errors import EndpointError, WorkspaceError
 from medvlm.records import Sample
 from medvlm.store import read_records, shard_paths
 
@@ -263,3 +264,29 @@ def test_a_failing_call_stops_the_rest() -> None:
     with pytest.raises(EndpointError):
         list(ask_in_order(call, range(1_000), 2))
     assert len(asked) < 50
+
+
+def test_a_caller_that_stops_half_way_waits_for_the_calls_under_way() -> None:
+    entered, leave, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def call(number: int) -> int:
+        if number:
+            entered.set()
+            leave.wait(30)
+            ended.set()
+        return number
+
+    asking = ask_in_order(call, range(2), 2)
+    assert next(asking) == 0 and entered.wait(30)
+    threading.Timer(0.05, leave.set).start()
+    asking.close()
+    assert ended.is_set()
+
+
+def test_a_closed_cache_answers_with_an_error(tmp_path: Path) -> None:
+    with ResponseCache(tmp_path / "answers.sqlite") as cache:
+        pass
+    with pytest.raises(WorkspaceError, match="closed"):
+        cache.get("key")
+    with pytest.raises(WorkspaceError, match="closed"):
+        cache.put("key", Completion("yes", "stop", 1, 1))
