@@ -68,8 +68,9 @@ lint: install-test
 	dg check defs
 	hadolint Dockerfile
 
+# Two at a time, a file in one process: the walk of the twins (which begins first) on one core, all others on the other.
 test: lint
-	pytest
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: install-test
 	python benchmarks/run.py $(ONLY)
