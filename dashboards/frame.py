@@ -23,6 +23,7 @@ from medvlm.results import Page, Profile, Results, Source, thumbnail
 __all__ = [
     "choose_page",
     "count",
+    "download_csv",
     "empty",
     "escaped",
     "foreign_text",
@@ -170,6 +171,19 @@ def choose_page(total: int, size: int, *, key: str) -> int:
         first = (number - 1) * size
         st.caption(f"{first + 1:,} to {min(total, first + size):,} of {total:,}", width="content")
     return first
+
+
+def download_csv(label: str, table: Callable[[], pd.DataFrame], name: str, *, help: str = "") -> None:
+    """A button that brings a whole table, not its page alone; the table is made when somebody asks for it."""
+    st.download_button(
+        label,
+        lambda: table().to_csv(index=False).encode(),
+        file_name=f"{name.replace('/', '-')}.csv",
+        mime="text/csv",
+        on_click="ignore",
+        key=f"csv-{name}",
+        help=help or None,
+    )
 
 
 def count(number: float, unit: str = "") -> str:

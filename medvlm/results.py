@@ -74,6 +74,7 @@ class Results:
             workspace.scores("_", "_").parent.parent,
             workspace.leaderboard,
             workspace.leakage,
+            workspace.privacy,
             workspace.scratch("train"),
             workspace.scratch("failed"),
             workspace.release("_").parent,
@@ -109,10 +110,11 @@ class Results:
     # ---------------------------------------------------------------- sources and their rows
 
     def sources(self) -> list[Source]:
-        """Every table of pictures that exists: figures, then datasets, then benchmarks."""
+        """Every table of pictures that exists: figures, datasets, preference pairs, then benchmarks."""
         workspace = self.workspace
         folders: list[tuple[str, Path]] = [("figures", workspace.figure_shards)]
         folders += [(name, workspace.samples(name)) for name in names_in(workspace.dataset("_").parent)]
+        folders += [(f"preference/{name}", workspace.preference_pairs(name)) for name in workspace.preference_recipes()]
         folders += [(f"benchmark/{name}", workspace.items(name)) for name in names_in(workspace.benchmark("_").parent)]
         return [source for name, folder in folders if (source := open_source(name, folder))]
 
@@ -267,6 +269,12 @@ class Results:
         rows = dicts(query(path, sql, {"limit": limit, "offset": offset}))
         return Page(pq.read_metadata(path).num_rows, rows)
 
+    def wrong_answer_table(self, recipe: str, benchmark: str) -> pd.DataFrame:
+        """Every ``WrongAnswer`` of a recipe's last stage without its image, the worst first; empty without any."""
+        path = self.workspace.scores(recipe, benchmark) / "scores" / "wrong_answers.parquet"
+        sql = "SELECT * EXCLUDE (image, filename, file_row_number) FROM rows"
+        return query(path, sql) if path.exists() else pd.DataFrame()
+
     def answers(self, recipe: str, benchmark: str, ids: Sequence[str]) -> dict[str, str]:
         """What a recipe's model answered last, with the image, to some items of a benchmark."""
         folder = self.workspace.predictions(recipe, benchmark) / "answers"
@@ -294,6 +302,38 @@ class Results:
             return []
         sql = "SELECT row_id, min(file_row_number) AS place FROM rows GROUP BY 1 ORDER BY 2"
         return [str(row) for row in query(path, sql)["row_id"]]
+
+    def privacy_flagged(self, source: Source) -> list[str]:
+        """Ids of rows whose picture looks as if it held print, each picture once, most letters first."""
+        folder = self.workspace.privacy_flags
+        if not folder.is_dir():
+            return []
+        flags: Any = query(folder, "SELECT image_sha256 AS sha, max(letters) AS letters FROM rows GROUP BY 1")
+        sha = "sha256" if source.kind == "figures" else "image_sha256"
+        sql = f"SELECT {source.key} AS id, {sha} AS sha FROM rows ORDER BY filename, file_row_number"  # noqa: S608
+        rows: Any = query(source.folder, sql)
+        found = rows[rows["sha"].isin(flags["sha"])].drop_duplicates("sha").merge(flags, on="sha")
+        return [str(row) for row in found.sort_values("letters", ascending=False, kind="stable")["id"]]
+
+    def privacy_flags(self, sha256: str) -> list[dict[str, Any]]:
+        """Where a picture looks as if it held print: ``reason``, ``corner`` and ``letters``, each place once."""
+        if not self.workspace.privacy_flags.is_dir():
+            return []
+        sql = "SELECT DISTINCT reason, corner, letters FROM rows WHERE image_sha256 = $sha ORDER BY letters DESC"
+        return dicts(query(self.workspace.privacy_flags, sql, {"sha": sha256}))
+
+    def figure_behind(self, row: Mapping[str, Any], source: Source) -> dict[str, Any] | None:
+        """The figure that a sample or pair was written about, without its image; None where there is none."""
+        if source.kind not in ("samples", "pairs") or not self.workspace.figure_shards.is_dir():
+            return None
+        # Articles repeat pictures: the figure that the row is named after comes first.
+        sql = (
+            "SELECT figure_id, label, caption, mentions, article_title, source_url, retracted FROM rows "
+            "WHERE sha256 = $sha ORDER BY starts_with($id, figure_id) DESC, figure_id LIMIT 1"
+        )
+        values = {"sha": str(row["image_sha256"]), "id": str(row[source.key])}
+        found = dicts(query(self.workspace.figure_shards, sql, values))
+        return {**found[0], "mentions": [str(text) for text in found[0]["mentions"]]} if found else None
 
     def disagreements(self, source: Source, first: str, second: str) -> list[str]:
         """Ids of benchmark items to which two recipes' models gave different answers."""

@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 Action = Literal["accept", "reject", "edit", "flag_privacy", "undo"]
-Record = TypeVar("Record", Figure, Sample)
+Record = TypeVar("Record", Figure, Sample, PreferencePair)
+_KEYS = {Figure: "figure_id", Sample: "sample_id", PreferencePair: "pair_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +228,14 @@ def obey(
     """Records as the reviewers want them: dropped, edited, or as they were.
 
     Args:
-        records: Figures or samples.
+        records: Figures, samples or preference pairs.
         decided: From ``verdicts`` for their table.
         counts: Gets ``review_rejected``, ``review_privacy``, ``review_edited`` and
             ``review_stale_edits`` (the text is no longer the one that was edited, so it is left alone).
     """
     tally = counts if counts is not None else Counter[str]()
     for record in records:
-        verdict = decided.get(record.figure_id if isinstance(record, Figure) else record.sample_id)
+        verdict = decided.get(getattr(record, _KEYS[type(record)]))
         if verdict and not verdict.keep:
             tally["review_privacy" if verdict.privacy else "review_rejected"] += 1
             continue
@@ -248,14 +249,19 @@ def obey(
         yield record
 
 
-def texts_of(record: Figure | Sample) -> tuple[str, ...]:
+def texts_of(record: Figure | Sample | PreferencePair) -> tuple[str, ...]:
     """The texts of a record that reviewers judge, in reading order."""
+    if isinstance(record, PreferencePair):
+        return (record.question, record.chosen, record.rejected)
     return (record.caption,) if isinstance(record, Figure) else tuple(turn.text for turn in record.turns)
 
 
 def _edited(record: Record, texts: tuple[str, ...]) -> Record:
     if isinstance(record, Figure):
         return dataclasses.replace(record, caption=texts[0])
+    if isinstance(record, PreferencePair):
+        question, chosen, rejected = texts
+        return dataclasses.replace(record, question=question, chosen=chosen, rejected=rejected, source="review")
     turns = tuple(dataclasses.replace(turn, text=text) for turn, text in zip(record.turns, texts, strict=True))
     return dataclasses.replace(record, turns=turns, source="review")
 

@@ -14,9 +14,21 @@ import pytest
 from PIL import Image as Picture
 
 from medvlm.data.leakage import LeakedItem
+from medvlm.data.privacy import PrivacyFlag
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.failures import record_failure
-from medvlm.records import Image, Prediction, QuarantinedRow, Sample, Turn, VQAItem, schema_of, to_row
+from medvlm.records import (
+    Figure,
+    Image,
+    Prediction,
+    PreferencePair,
+    QuarantinedRow,
+    Sample,
+    Turn,
+    VQAItem,
+    schema_of,
+    to_row,
+)
 from medvlm.results import Results, score_board, thumbnail
 from medvlm.store import Report, Workspace, write_json, write_records, write_report
 
@@ -271,6 +283,9 @@ def test_wrong_answers_come_in_pages_with_their_images(tmp_path: Path) -> None:
     assert page.total == 5
     assert [row["item_id"] for row in page.rows] == ["q3", "q4"]
     assert bytes(page.rows[0]["image"]["bytes"]) == b"picture"
+    whole = Results(tmp_path).wrong_answer_table("tiny", "slake")
+    assert (list(whole), whole["item_id"].to_list()) == (["item_id", "prediction"], [f"q{n}" for n in range(5)])
+    assert Results(tmp_path).wrong_answer_table("tiny", "vqa-rad").empty
 
 
 def answer(item_id: str, text: str, *, model: str = "one", blind: bool = False) -> Prediction:
@@ -305,6 +320,58 @@ def test_flagged_rows_are_those_in_quarantine_each_once(workspace: Workspace) ->
     rows = [QuarantinedRow("instruct", rule, row, "") for rule, row in [("a", "s2"), ("a", "s1"), ("b", "s2")]]
     pq.write_table(pa.Table.from_pylist([to_row(row) for row in rows]), folder / "quarantine.parquet")
     assert results.flagged(source) == ["s2", "s1"]
+
+
+def figure(figure_id: str, sha256: str, caption: str, *mentions: str) -> Figure:
+    where = ("PMC1", 1, None, "key", "https://pmc.example/1", "CC BY", "", "An article", False)
+    return Figure(figure_id, *where, Image(b"", ""), 1, 1, sha256, "", "Fig. 1", caption, mentions)
+
+
+def test_the_figure_behind_a_text_is_the_one_it_is_named_after(workspace: Workspace) -> None:
+    results = Results(workspace.root)
+    source = results.source("instruct")
+    assert source is not None
+    row = {"sample_id": "20_F1#2", "image_sha256": "same"}
+    assert results.figure_behind(row, source) is None
+    figures = [figure("10_F1", "same", "Repeated."), figure("20_F1", "same", "Its own.", "a", "b")]
+    write_records(workspace.figure_shards, Figure, [*figures, figure("30_F1", "other", "Another.")])
+    found = results.figure_behind(row, source)
+    assert found is not None
+    assert (found["caption"], found["mentions"], found["source_url"]) == (
+        "Its own.",
+        ["a", "b"],
+        "https://pmc.example/1",
+    )
+    assert results.figure_behind({"sample_id": "20_F1", "image_sha256": "absent"}, source) is None
+    shown = results.source("figures")
+    assert shown is not None and results.figure_behind({"figure_id": "20_F1", "sha256": "same"}, shown) is None
+
+
+def test_pictures_flagged_for_print_are_queued_once_in_every_table_that_shows_them(tmp_path: Path) -> None:
+    workspace, results = Workspace(tmp_path), Results(tmp_path)
+    write_records(workspace.samples("instruct"), Sample, (sample(n, image_sha256=f"sha{n // 2}") for n in range(8)))
+    source = results.source("instruct")
+    assert source is not None and results.privacy_flagged(source) == [] and results.privacy_flags("sha1") == []
+    before = results.stamp()
+    flags = [
+        PrivacyFlag("figures", "f", "sha1", "text_in_corner", "top_left", 5, 0, 0, 9, 9),
+        PrivacyFlag("figures", "f", "sha1", "text_in_corner", "top_right", 7, 0, 0, 9, 9),
+        PrivacyFlag("benchmarks/slake", "q", "sha3", "text_in_corner", "top_left", 40, 0, 0, 9, 9),
+        PrivacyFlag("figures", "g", "elsewhere", "undecodable", "", 0, 0, 0, 0, 0),
+    ]
+    write_records(workspace.privacy_flags, PrivacyFlag, flags)
+    assert results.privacy_flagged(source) == ["s000006", "s000002"]
+    assert [flag["corner"] for flag in results.privacy_flags("sha1")] == ["top_right", "top_left"]
+    write_report(workspace.privacy, Report(step="privacy"), started=0.0)
+    assert results.stamp() != before
+
+
+def test_the_pairs_of_each_recipe_are_a_table(tmp_path: Path) -> None:
+    pair = PreferencePair("p1", Image(b"", ""), "", "", "g", "Where?", "Left.", "Right.", "chat")
+    write_records(Workspace(tmp_path).preference_pairs("tiny"), PreferencePair, [pair])
+    (source,) = Results(tmp_path).sources()
+    assert (source.name, source.kind, source.rows) == ("preference/tiny", "pairs", 1)
+    assert source.page(search="RIGHT").rows[0]["pair_id"] == "p1"
 
 
 def test_thumbnails_fit_and_keep_16_bit_greys() -> None:

@@ -9,7 +9,18 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from dashboards.frame import choose_page, empty, escaped, foreign_text, picture, results, show, stamp, tidy
+from dashboards.frame import (
+    choose_page,
+    download_csv,
+    empty,
+    escaped,
+    foreign_text,
+    picture,
+    results,
+    show,
+    stamp,
+    tidy,
+)
 from medvlm.evaluation.metrics import HEADLINE
 from medvlm.results import Page, Results, score_board
 
@@ -94,13 +105,7 @@ def _leaderboard(table: pd.DataFrame, benchmark: str) -> None:
             ]
             shown = part.assign(interval=interval)[["label", "value", "interval", "blind_value", "gain", "n"]]
             st.dataframe(shown, hide_index=True, column_config=_columns())
-    st.download_button(
-        "Download as CSV",
-        table.drop(columns="label").to_csv(index=False),
-        file_name=f"{benchmark}-scores.csv",
-        mime="text/csv",
-        on_click="ignore",
-    )
+    download_csv("Download as CSV", lambda: table.drop(columns="label"), f"{benchmark}-scores")
 
 
 def _columns() -> dict[str, Any]:
@@ -279,6 +284,21 @@ def _wrong_answers(benchmark: str, models: list[str]) -> None:
             shown.append((second, beside.get(str(row["item_id"]), "(no answer)")))
         _wrong_answer(row, shown)
     choose_page(page.total, ANSWERS_A_PAGE, key=key)
+    reader = results()
+    download_csv(
+        "Download the wrong answers as CSV",
+        lambda: _beside(reader, first, second if second != "none" else "", benchmark),
+        f"{benchmark}-{first}-wrong-answers",
+    )
+
+
+def _beside(reader: Results, first: str, second: str, benchmark: str) -> pd.DataFrame:
+    """Every wrong answer of one model, with the other's answer in a column of its own."""
+    table = reader.wrong_answer_table(first, benchmark)
+    if not second:
+        return table
+    theirs = reader.answers(second, benchmark, [str(item) for item in table["item_id"]])
+    return table.assign(**{f"prediction of {second}": table["item_id"].map(theirs)})
 
 
 def _wrong_answer(row: dict[str, Any], shown: list[tuple[str, str]]) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import time
-import zipfile
 from pathlib import Path
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
+from dashboards.contracts import contract_section
 from dashboards.frame import (
     choose_page,
     count,
+    download_csv,
     empty,
     escaped,
     foreign_text,
@@ -27,7 +26,7 @@ from dashboards.frame import (
     turns_of,
     without_mark,
 )
-from medvlm.results import ContractResult, Page, Profile, Results, Source
+from medvlm.results import Page, Profile, Results, Source
 
 PICTURES_A_PAGE = 12
 OK, LOST = "#0f766e", "#c2570c"
@@ -102,107 +101,7 @@ def fetch_section() -> None:
                 "licence": st.column_config.TextColumn("Licence"),
             },
         )
-
-
-def contract_section() -> None:
-    """Every contract with its checks; broken ones first and open."""
-    contracts = results().contracts()
-    if not contracts:
-        empty("No contract has been checked yet.")
-        return
-    broken = [contract for contract in contracts if not contract.success]
-    with st.container(horizontal=True):
-        st.metric("Contracts", len(contracts), border=True, height="stretch")
-        st.metric("Held", len(contracts) - len(broken), border=True, height="stretch")
-        st.metric("Broken", len(broken), border=True, height="stretch")
-        st.metric("Rows in quarantine", count(sum(c.quarantined for c in contracts)), border=True, height="stretch")
-    for contract in contracts:
-        _contract(contract)
-
-
-def _contract(contract: ContractResult) -> None:
-    broken = f":red[**✗ broken**: {len(contract.failed)} of {len(contract.checks)} checks]"
-    state = ":green[✓ held]" if contract.success else broken
-    if contract.warned:
-        state += f" · :orange[{len(contract.warned)} warned]"
-    age = _age(contract.checked_at)
-    label = f"**{escaped(contract.name)}** · {state} · {contract.rows:,} rows · checked {age}"
-    with st.expander(label, expanded=not contract.success):
-        st.dataframe(
-            pd.DataFrame(
-                {
-                    "": ["✓" if check.success else "✗" if check.blocks else "!" for check in contract.checks],
-                    "Rule": [check.rule or tidy(check.name) for check in contract.checks],
-                    "Seen": [check.observed for check in contract.checks],
-                    "Allowed": [check.expected for check in contract.checks],
-                    "Broken rows": [check.broken_rows for check in contract.checks],
-                    "Examples": ["; ".join(check.examples[:3]) for check in contract.checks],
-                }
-            ),
-            hide_index=True,
-            column_config={
-                "": st.column_config.TextColumn(width=36),
-                "Rule": st.column_config.TextColumn(width="large"),
-                "Seen": st.column_config.TextColumn(width="small", alignment="right"),
-                "Allowed": st.column_config.TextColumn(width="small", alignment="right"),
-                "Broken rows": st.column_config.NumberColumn(width="small", format="localized"),
-            },
-        )
-        if contract.docs:
-            _docs(contract, contract.docs)
-        if contract.quarantined:
-            _quarantine(contract)
-
-
-def _docs(contract: ContractResult, first: Path) -> None:
-    """The Data Docs as a file: pages of another program are not shown inside this one."""
-
-    def packed() -> bytes:
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(first.parent.rglob("*")):
-                if path.is_file() and not path.is_symlink():
-                    archive.write(path, path.relative_to(first.parent))
-        return out.getvalue()
-
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.download_button(
-            "Data Docs",
-            packed,
-            file_name=f"{contract.name.replace('/', '-')}-data-docs.zip",
-            mime="application/zip",
-            on_click="ignore",
-            key=f"docs-{contract.name}",
-            help="Great Expectations' pages of this contract; open index.html",
-        )
-        st.text(str(first))
-
-
-def _quarantine(contract: ContractResult) -> None:
-    st.markdown(f"**Quarantine** · {contract.quarantined:,} rows")
-    rules = ["every rule", *dict.fromkeys(check.name for check in contract.checks if check.broken_rows)]
-    rule = st.selectbox("Rule", rules, format_func=tidy, key=f"rule-{contract.name}")
-    chosen = "" if rule == "every rule" else rule
-    total = results().quarantine(contract.name, rule=chosen, limit=1).total
-    first = choose_page(total, 50, key=f"quarantine-{contract.name}")
-    page = results().quarantine(contract.name, rule=chosen, offset=first)
-    st.dataframe(
-        pd.DataFrame(page.rows, columns=["rule", "row_id", "value"]),
-        hide_index=True,
-        column_config={
-            "rule": st.column_config.TextColumn("Rule"),
-            "row_id": st.column_config.TextColumn("Row"),
-            "value": st.column_config.TextColumn("Offending value", width="large"),
-        },
-    )
-
-
-def _age(then: float) -> str:
-    seconds = max(0, time.time() - then)
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return "just now" if seconds < 60 else "a minute ago"
+        download_csv("Download as CSV", lambda: reader.fetch_rows(status, limit=total), f"fetch-{status}")
 
 
 def picture_section() -> None:
@@ -314,8 +213,16 @@ def leakage_section() -> None:
             "near_images": st.column_config.NumberColumn("Near images", format="localized", help="Perhaps the same"),
         },
     )
+    download_csv("Download as CSV", lambda: shown, "leakage")
+    items = {way: sum(one.get("ways", {}).get(way, {}).get("items", 0) for one in found) for way in WAYS}
+    # What is there to be looked at comes first.
     way = st.segmented_control(
-        "Shared", list(WAYS), default="bytes", required=True, format_func=WAYS.__getitem__, key="way"
+        "Shared",
+        list(WAYS),
+        default=next((way for way in WAYS if items[way]), "bytes"),
+        required=True,
+        format_func=lambda way: f"{WAYS[way]} ({items[way]:,})",
+        key="way",
     )
     key = f"leak-{way}"
     size = 4

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from dashboards.access import allowed_to_write, person
@@ -25,9 +23,10 @@ from dashboards.frame import (
     without_mark,
     zoomable,
 )
+from dashboards.reviewers import reviewers_section
 from medvlm.errors import InputError, MedVLMError
 from medvlm.results import Results, Source
-from medvlm.review import Action, Decision, agreement, standing
+from medvlm.review import Action, Decision, standing
 
 # Key → label and why a record is rejected. One key press is one decision.
 REASONS = {
@@ -40,6 +39,7 @@ REASONS = {
 QUEUES = {
     "random": "Random order",
     "flagged": "Flagged by the contract",
+    "privacy": "Perhaps print in the picture",
     "opinion": "Second opinion: judged by others",
     "disagree": "Two models disagree",
 }
@@ -71,6 +71,24 @@ def _record(at: str, root: str, source: str, record_id: str) -> dict[str, Any] |
     del at
     table = Results(Path(root)).source(source)
     return table.by_id([record_id]).get(record_id) if table else None
+
+
+@st.cache_data(max_entries=8, show_spinner="Finding the flagged pictures …")
+def _printed(at: str, root: str, source: str) -> list[str]:
+    del at
+    reader = Results(Path(root))
+    table = reader.source(source)
+    return reader.privacy_flagged(table) if table else []
+
+
+@st.cache_data(max_entries=64, show_spinner="Opening the article's figure …")
+def _around(at: str, root: str, source: str, record_id: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The figure that a record was written about, and where its picture looks as if it held print."""
+    row, reader = _record(at, root, source, record_id), Results(Path(root))
+    table = reader.source(source)
+    if row is None or table is None:
+        return None, []
+    return reader.figure_behind(row, table), reader.privacy_flags(str(row.get("image_sha256") or row.get("sha256")))
 
 
 def reviewer() -> str:
@@ -172,6 +190,10 @@ def _choose(sources: dict[str, Source]) -> tuple[str, Source, list[str]]:
     where: tuple[tuple[str, tuple[str, ...]], ...] = ()
     if kind == "flagged":
         return who, source, reader.flagged(source)
+    if kind == "privacy":
+        if not reader.workspace.privacy_flags.is_dir():
+            empty("Nobody has looked for print in the pictures yet.", "medvlm privacy flag")
+        return who, source, _printed(at, root, name)
     if kind == "opinion":
         heard = standing(_decisions(reader.journal.stamp(), root))
         return who, source, list(dict.fromkeys(d.record_id for d in heard if d.source == name and d.who != who))
@@ -199,6 +221,8 @@ def body() -> None:
     mine = {d.record_id for d in standing(heard) if d.who == who and d.source == source.name}
     skipped = {record for table, record in st.session_state.get("skipped", set()) if table == source.name}
     done = sum(record in mine for record in queue)
+    if source.kind == "items":
+        st.caption("A benchmark stays as it was published: what is said about its questions is kept, and changes none.")
     if queue:
         st.progress(done / len(queue), f"{done:,} of {len(queue):,} judged by you")
     # One place for messages, so that what stands below keeps its place whether there is one or not.
@@ -225,7 +249,7 @@ def body() -> None:
         _show_record(who, source, record_id, row)
     if row is None:
         st.button("Undo", shortcut="u", on_click=undo, args=(who,), disabled=not who, key="undo-alone")
-    _progress(heard, source)
+    reviewers_section(heard, source)
 
 
 def _show_record(who: str, source: Source, record_id: str, row: dict[str, Any]) -> None:
@@ -238,12 +262,18 @@ def _show_record(who: str, source: Source, record_id: str, row: dict[str, Any]) 
     image, words = st.columns([5, 6], gap="large")
     with image:
         zoomable(row["image"]["bytes"], key=record_id, alt=record_id)
+    figure, flags = _around(stamp(), str(results().workspace.root), source.name, record_id)
     with words:
-        _facts(row, record_id)
+        _facts({**row, **{name: (figure or row).get(name) for name in ("source_url", "retracted")}}, record_id)
+        if flags:
+            places = dict.fromkeys(tidy(flag["corner"] or flag["reason"]) for flag in flags)
+            st.warning(f"Perhaps print: {', '.join(places)}. Zoom in; flag privacy if it names somebody.")
         if editing:
             _editor(who, source, record_id, row, before)
         else:
             _words(row, source)
+        if figure:
+            _figure(figure)
 
 
 def _facts(row: dict[str, Any], record_id: str) -> None:
@@ -270,6 +300,16 @@ def _words(row: dict[str, Any], source: Source) -> None:
         with st.expander(f"Mentions in the article ({len(mentions)})", expanded=True):
             for text in mentions:
                 foreign_text(text)
+
+
+def _figure(figure: dict[str, Any]) -> None:
+    """What the article says about the picture of a conversation: context, not judged."""
+    with st.expander("The figure in its article", expanded=True):
+        st.caption(escaped(" · ".join(str(figure[name]) for name in ("label", "article_title") if figure[name])))
+        foreign_text(str(figure["caption"]) or "(no caption)")
+        for mention in figure["mentions"]:
+            st.caption("mention")
+            foreign_text(mention)
 
 
 def _buttons(who: str, source: Source, record_id: str, before: tuple[str, ...]) -> None:
@@ -323,41 +363,6 @@ def _editor(who: str, source: Source, record_id: str, row: dict[str, Any], befor
     args = (who, source.name, record_id, "edit", before)
     save.button("Save and accept", shortcut="ctrl+enter", type="primary", on_click=decide, args=args, width="stretch")
     cancel.button("Cancel", shortcut="escape", on_click=edit, args=(None,), width="stretch")
-
-
-def _progress(heard: list[Decision], source: Source) -> None:
-    here = [d for d in standing(heard) if d.source == source.name]
-    if not here:
-        return
-    st.subheader("Reviewers", anchor=False)
-    counts = Counter((d.who, d.action) for d in here)
-    people = sorted({d.who for d in here})
-    names = {"accept": "Accepted", "edit": "Edited", "reject": "Rejected", "flag_privacy": "Privacy"}
-    left, right = st.columns(2, gap="large")
-    table = [{"Reviewer": p, **{title: counts[p, action] for action, title in names.items()}} for p in people]
-    left.dataframe(pd.DataFrame(table), hide_index=True)
-    pairs = agreement(heard, source.name)
-    if pairs:
-        right.dataframe(
-            pd.DataFrame(
-                {
-                    "Reviewers": [f"{pair.first} and {pair.second}" for pair in pairs],
-                    "Both judged": [pair.records for pair in pairs],
-                    "Agree": [100 * pair.observed for pair in pairs],
-                    "Cohen's kappa": [pair.kappa for pair in pairs],
-                }
-            ),
-            hide_index=True,
-            placeholder="",
-            column_config={
-                "Agree": st.column_config.NumberColumn(format="%.0f %%"),
-                "Cohen's kappa": st.column_config.NumberColumn(
-                    format="%.2f", help="Agreement beyond chance, 1 is full"
-                ),
-            },
-        )
-    else:
-        right.caption("Agreement appears here once two reviewers have judged the same record.")
 
 
 show("Review", "One record at a time. Every decision is saved at once and the next dataset obeys it.", body)

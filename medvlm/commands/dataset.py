@@ -132,7 +132,8 @@ def build_benchmark(workspace: str, name: str, source: Path, tolerated_missing: 
 def describe(obj: str, target: str, as_json: bool) -> None:
     """Count a dataset by split, answer type, language, modality and licence.
 
-    TARGET is a dataset or benchmark of the workspace, a folder of shards, or a published release or file.
+    What was dropped on the way is counted by its reason, and published files are compared by their SHA-256.
+    TARGET is figures, a dataset or benchmark of the workspace, a folder of shards, or a published release or file.
 
     \b
     medvlm dataset describe alignment

@@ -52,7 +52,7 @@ __all__ = [
     "write_dataset",
 ]
 
-Reviewed = TypeVar("Reviewed", Figure, Sample)
+Reviewed = TypeVar("Reviewed", Figure, Sample, PreferencePair)
 Kept = TypeVar("Kept", Sample, PreferencePair)
 
 

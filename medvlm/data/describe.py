@@ -15,13 +15,14 @@ from medvlm.data.benchmarks import BENCHMARKS
 from medvlm.data.conversations import language_of
 from medvlm.data.official import official_state, question_files
 from medvlm.data.official_texts import official_files, read_official
+from medvlm.data.readers import llava_med
 from medvlm.data.readers.hub_parquet import hub_files
 from medvlm.data.readers.stllava_dpo import read_preferences
 from medvlm.data.readers.vqa_rad import PUBLIC_FILE
 from medvlm.data.tally import Tally
 from medvlm.errors import InputError
 from medvlm.records import VQAItem
-from medvlm.store import Workspace, shard_paths
+from medvlm.store import Workspace, read_report, shard_paths
 
 __all__ = ["Description", "describe"]
 
@@ -41,7 +42,8 @@ class Description:
 
     name: str
     kind: str
-    """``items``, ``samples``, ``pairs``, ``figures`` or ``texts`` (without images)."""
+    """``items``, ``samples``, ``pairs``, ``figures``; or, without images, ``texts``, ``preference texts``,
+    ``chat questions`` or ``captions``."""
     rows: int
     images: int
     """Different images; for texts, different image names."""
@@ -60,14 +62,18 @@ def describe(workspace: Workspace, target: str) -> list[Description]:
 
     Args:
         workspace: Looked into first.
-        target: ``alignment``, ``slake``, …; or a path. A release of several benchmarks gives one each.
+        target: ``figures``, ``alignment``, ``slake``, …; or a path. A release of several benchmarks gives one each.
 
     Raises:
         InputError: There is no such dataset, or nothing at the path that a reader knows.
     """
-    for folder, licence in ((workspace.samples(target), ""), (workspace.items(target), _licence(target))):
+    built = ((workspace.samples(target), ""), (workspace.items(target), _licence(target)))
+    for folder, licence in (*built, *([(workspace.figure_shards, "")] if target == "figures" else [])):
         if folder.is_dir():
-            return [_shards(target, folder, licence)]
+            found = _shards(target, folder, licence)
+            report = read_report(folder.parent)
+            found.dropped = dict(report.details.get("dropped", {})) if report else {}
+            return [found]
     path = Path(target)
     if not path.exists():
         raise InputError(
@@ -170,11 +176,30 @@ def _text_files(path: Path) -> list[Path]:
 
 
 def _texts(path: Path) -> Description:
-    """A published file of conversations or preference pairs."""
+    """A published file of conversations, preference pairs, chat questions or captions."""
     tally, images = Tally(), Counter[str]()
     with path.open(encoding="utf-8", errors="replace") as stream:
-        of_pairs = "chosen_conversations" in stream.read(20_000)
-    if of_pairs:
+        begins = stream.read(20_000)
+    if '"gpt4_answer"' in begins:
+        for question in llava_med.read_chat_questions(path):
+            images[question.pair_id] += 1
+            tally.keep(
+                kind=question.kind,
+                language=language_of(question.question),
+                modality=question.modality,
+                mentions="with" if question.mentions else "without",
+            )
+        kind = "chat questions"
+    elif '"fig_caption"' in begins:
+        for caption in llava_med.read_captions(path):
+            images[caption.pair_id] += 1
+            tally.keep(
+                language=language_of(caption.caption),
+                modality=caption.modality,
+                mentions="with" if caption.mentions else "without",
+            )
+        kind = "captions"
+    elif "chosen_conversations" in begins:
         for text in tally.sift(read_preferences(path)):
             images[text.pair_id] += 1
             tally.keep(language=language_of(text.chosen))
@@ -191,5 +216,6 @@ def _texts(path: Path) -> Description:
     details = tally.details()
     return Description(
         path.name, kind, tally.kept, len(images), len(images),
-        by=details["by"], dropped=details["dropped"], files=[official_state(path)],
+        by=details["by"], dropped=details["dropped"], licence=llava_med.LICENCE if path.name in llava_med.SHA256 else "",
+        files=[official_state(path)],
     )  # fmt: skip

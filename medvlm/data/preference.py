@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from medvlm.data.card import write_card
-from medvlm.data.conversations import figures_are_synthetic, pick, prompts, usable_figures, without_leaked
+from medvlm.data.conversations import (
+    decisions,
+    figures_are_synthetic,
+    pick,
+    prompts,
+    reviewed,
+    usable_figures,
+    without_leaked,
+)
 from medvlm.data.endpoint import Unanswered
 from medvlm.data.judges import Judge
 from medvlm.data.official import official_state
@@ -84,7 +92,8 @@ def build_preference(
 ) -> Report:
     """Write preference pairs and their report; ties, equal answers and misses are counted.
 
-    What people preferred in the chat of this workspace comes after the rows.
+    What people preferred in the chat of this workspace comes after the rows. Reviewers' rejections and edits
+    of this recipe's pairs are obeyed.
 
     Args:
         workspace: Gets ``preference_pairs(recipe)`` and, beside them, the report.
@@ -102,8 +111,10 @@ def build_preference(
     tally = Tally()
 
     def counted() -> Iterator[PreferencePair]:
+        decided = decisions(workspace, f"preference/{recipe}")
         every = itertools.chain(rows, saved_preferences(workspace))
-        for pair in tally.sift(every if keep_leaked else without_leaked(workspace, every)):
+        heard = (row if isinstance(row, Dropped) else reviewed(row, row.pair_id, decided) for row in every)
+        for pair in tally.sift(heard if keep_leaked else without_leaked(workspace, heard)):
             tally.keep(source=pair.source)
             yield pair
         if not tally.kept:

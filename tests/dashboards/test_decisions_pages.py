@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from pathlib import Path
 
@@ -87,18 +88,37 @@ def test_expert_load_is_shown_by_layer_and_modality(workspace: Workspace, monkey
 
 def test_a_contract_brings_its_data_docs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     page = open_page("data", workspace.root, monkeypatch, section="Contracts")
-    assert not page.get("download_button")
+    assert not docs_buttons(page)
     folder = workspace.contract("instruct")
     (folder / "docs").mkdir()
-    (folder / "docs" / "index.html").write_text("<h1>Data Docs</h1>")
+    (folder / "docs" / "index.html").write_text("<h1>Data Docs</h1><script>alert(1)</script>")
+    (folder / "docs" / "expectations-instruct.html").write_text("<h1>Expectations</h1>")
     write_json(folder / "result.json", read_json(folder / "result.json") | {"docs": "docs/index.html"})
     page = open_page("data", workspace.root, monkeypatch, section="Contracts")
-    assert len(page.get("download_button")) == 1
+    assert len(docs_buttons(page)) == 1
+    assert not page.get("iframe")
+    page.toggle(key="show-docs-instruct").set_value(True).run()
+    # Shown from an address of its own origin, with a policy before the first word that lets nothing run or load.
+    policy = b"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+    assert framed(page) == policy + b"<h1>Data Docs</h1><script>alert(1)</script>"
+    page.segmented_control(key="docs-page-instruct").set_value("expectations-instruct").run()
+    assert framed(page) == policy + b"<h1>Expectations</h1>"
     assert any(text.value.endswith("instruct/docs/index.html") for text in page.text)
     # A result that names a file elsewhere gets nobody that file.
     write_json(folder / "result.json", read_json(folder / "result.json") | {"docs": "../../../../etc/passwd"})
     page = open_page("data", workspace.root, monkeypatch, section="Contracts")
-    assert not page.get("download_button")
+    assert not docs_buttons(page)
+
+
+def docs_buttons(page: AppTest) -> list[object]:
+    return [button for button in page.get("download_button") if button.proto.label == "Data Docs"]
+
+
+def framed(page: AppTest) -> bytes:
+    (frame,) = page.get("iframe")
+    kind, data = frame.proto.src.split(",")
+    assert kind == "data:text/html;charset=utf-8;base64"
+    return base64.b64decode(data)
 
 
 def test_a_release_is_approved_and_the_approval_withdrawn_on_the_overview(

@@ -11,10 +11,11 @@ from streamlit.testing.v1 import AppTest
 from test_pages import everything, open_page
 from workspace_builder import HOSTILE
 
-from medvlm.records import Sample
+from medvlm.data.privacy import PrivacyFlag
+from medvlm.records import Figure, Sample
 from medvlm.results import Results
 from medvlm.review import Journal, obey, texts_of, verdicts
-from medvlm.store import Workspace, read_records
+from medvlm.store import Workspace, read_records, write_records
 
 Opened = Callable[..., AppTest]
 
@@ -157,6 +158,43 @@ def test_the_contract_queue_and_the_disagreement_queue(review: Opened) -> None:
     assert "<script" not in everything(page).replace(HOSTILE, "")
     page = review(**{"review-table": "benchmark/slake", "queue": "disagree"})
     assert "This queue is empty." in page.success[0].value  # both models say the same in the fixture
+
+
+def test_a_conversation_is_judged_beside_its_figures_caption_mentions_and_source(
+    review: Opened, workspace: Workspace
+) -> None:
+    figure = next(f for f in read_records(workspace.figure_shards, Figure) if f.figure_id == "30000003_F1")
+    page = review(focus="instruct-0003")
+    assert shown(page) == "instruct-0003"
+    said = [text.value for text in page.text]
+    assert figure.caption in said and figure.mentions[0] in said
+    assert page.get("link_button")[0].proto.url == figure.source_url
+    # The figure of record 0 has markup for a caption, and no address of the web.
+    page = review(focus="instruct-0000")
+    assert [text.value for text in page.text].count(HOSTILE) == 2
+    assert not page.get("link_button")
+    assert "javascript:alert(1)" in [text.value for text in page.text]
+
+
+def test_pictures_with_print_in_a_corner_are_a_queue_of_their_own(review: Opened, workspace: Workspace) -> None:
+    page = review(queue="privacy")
+    assert "medvlm privacy flag" in [code.value for code in page.code]
+    sample = next(s for s in read_records(workspace.samples("instruct"), Sample) if s.sample_id == "instruct-0007")
+    flag = PrivacyFlag("figures", "f", sample.image_sha256, "text_in_corner", "top_left", 9, 0, 0, 9, 9)
+    write_records(workspace.privacy_flags, PrivacyFlag, [flag])
+    (workspace.privacy / "report.json").write_text("{}")
+    page = review(queue="privacy")
+    assert "0 of 1 judged by you" in page.get("progress")[0].proto.text
+    assert "Perhaps print: top left" in page.warning[0].value
+    press(page, "Flag privacy")
+    assert [(d.record_id, d.action) for d in Journal(workspace).read()] == [("instruct-0007", "flag_privacy")]
+    assert "This queue is done." in page.success[0].value
+
+
+def test_a_benchmark_says_that_it_stays_as_it_was_published(review: Opened) -> None:
+    said = "stays as it was published"
+    assert any(said in caption.value for caption in review(**{"review-table": "benchmark/slake"}).caption)
+    assert not any(said in caption.value for caption in review().caption)
 
 
 def test_a_full_disk_keeps_the_record_on_the_page(

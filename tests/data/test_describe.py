@@ -38,6 +38,16 @@ def test_the_real_releases_are_recognised_and_counted(real_data: Path, tmp_path:
     assert test.by["answer_type"] == {"closed": 3391, "open": 3370}
 
 
+def test_the_real_texts_of_llava_med_are_counted(real_data: Path, tmp_path: Path) -> None:
+    captions, questions = describe(Workspace(tmp_path), str(real_data / "llava-med"))
+    assert (captions.kind, captions.rows, captions.by["mentions"]) == ("captions", 50, {"with": 46, "without": 4})
+    assert (questions.kind, questions.rows, questions.images) == ("chat questions", 193, 50)
+    assert questions.by["kind"] == {"conversation": 143, "detailed_description": 50}
+    assert questions.by["modality"] == {"chest_xray": 37, "ct": 40, "gross": 34, "histology": 44, "mri": 38}
+    assert [one.files[0]["official"] for one in (captions, questions)] == ["match", "match"]
+    assert {one.licence for one in (captions, questions)} == {"CC BY-NC 4.0"}
+
+
 def test_a_dataset_of_the_workspace_is_counted_without_its_images(tmp_path: Path) -> None:
     workspace = workspace_with(tmp_path, figure(1), figure(2, licence="CC0", pmcid="PMC2", caption="Axial CT of it."))
     build_alignment(workspace)
@@ -48,6 +58,16 @@ def test_a_dataset_of_the_workspace_is_counted_without_its_images(tmp_path: Path
     assert one.by["turns"] == {"2": 2}
     (figures,) = describe(workspace, str(workspace.figure_shards))
     assert (figures.kind, figures.by["retracted"]) == ("figures", {"false": 2})
+    (named,) = describe(workspace, "figures")
+    assert (named.kind, named.by) == (figures.kind, figures.by)
+
+
+def test_what_a_build_dropped_is_said_of_what_it_built(tmp_path: Path) -> None:
+    build_alignment(workspace_with(tmp_path, figure(1), figure(2, retracted=True)))
+    (one,) = describe(Workspace(tmp_path), "alignment")
+    assert (one.rows, one.dropped["retracted"]["count"]) == (1, 1)
+    shown = CliRunner().invoke(cli, ["--workspace", str(tmp_path), "dataset", "describe", "alignment"]).output
+    assert "dropped, retracted: 1, such as 10_F2" in shown
 
 
 def test_published_texts_are_counted_by_language_and_turns(tmp_path: Path) -> None:

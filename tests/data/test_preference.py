@@ -30,7 +30,7 @@ from medvlm.data.readers.source import Dropped
 from medvlm.data.response_cache import ResponseCache
 from medvlm.errors import InputError
 from medvlm.records import PreferencePair, Sample, Turn
-from medvlm.review import save_preference
+from medvlm.review import Journal, save_preference
 from medvlm.store import Workspace, read_records, shard_paths
 
 
@@ -65,6 +65,30 @@ def test_published_pairs_join_to_figures_and_misses_are_counted(tmp_path: Path) 
         ("10_F1#2", "A large nodule.", "A cat.", "PMC1"),
     ]
     assert pairs[0].question == "What is it?"
+
+
+def test_pairs_that_reviewers_reject_or_edit_are_so_in_the_next_build(tmp_path: Path) -> None:
+    sample = alignment_samples(tmp_path, 2)[1]
+    workspace = Workspace(tmp_path)
+    same = (sample.image, sample.image_sha256, sample.image_phash, sample.group_id)
+    pairs = [PreferencePair(f"p{n}", *same, "What?", f"good {n}", "bad", "chat") for n in range(4)]
+    build_preference(workspace, "tiny", pairs)
+    journal = Journal(workspace)
+    shown = ("What?", "good 1", "bad")
+    journal.decide("ann", "preference/tiny", "p0", "reject", reason="both are wrong")
+    journal.decide("ann", "preference/tiny", "p1", "edit", before=shown, after=("What?", "better", "bad"))
+    journal.decide("ann", "preference/tiny", "p2", "flag_privacy")
+    journal.decide("ann", "preference/other", "p3", "reject", reason="of another recipe")
+    report = build_preference(workspace, "tiny", pairs)
+    built = read_records(workspace.preference_pairs("tiny"), PreferencePair)
+    assert [(pair.pair_id, pair.chosen, pair.source) for pair in built] == [
+        ("p1", "better", "review"),
+        ("p3", "good 3", "chat"),
+    ]
+    assert {reason: lost["count"] for reason, lost in report.details["dropped"].items()} == {
+        "review_rejected": 1,
+        "review_privacy": 1,
+    }
 
 
 class ScriptedModel:
