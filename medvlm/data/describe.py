@@ -214,8 +214,8 @@ def _texts(path: Path) -> Description:
             )
         kind = "texts"
     details = tally.details()
+    licence = llava_med.LICENCE if path.name in llava_med.SHA256 else ""
     return Description(
         path.name, kind, tally.kept, len(images), len(images),
-        by=details["by"], dropped=details["dropped"], licence=llava_med.LICENCE if path.name in llava_med.SHA256 else "",
-        files=[official_state(path)],
+        by=details["by"], dropped=details["dropped"], licence=licence, files=[official_state(path)],
     )  # fmt: skip
