@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from medvlm.models.packed import PackedLinears
 from medvlm.models.vlm import merge_image_features
 
 __all__ = ["Decoded", "GreedyDecoder", "common_prefix"]
@@ -105,6 +106,7 @@ class GreedyDecoder:
         self._ends = torch.tensor(list(end_ids), device=model.device)
         self._max_new_tokens = max_new_tokens
         self._prefixes_kept = prefixes_kept
+        self._linears = PackedLinears()
         self._layers: int = model.config.get_text_config().num_hidden_layers
         self._read: dict[tuple[str, tuple[int, ...]], list[tuple[Tensor, Tensor]]] = {}
 
@@ -150,7 +152,8 @@ class GreedyDecoder:
             ids_NL = torch.tensor([prefix] * len(new), device=self._model.device)
             embeddings_NLD = self._embed(ids_NL, features(new) if new != [""] else None)
             cache = DynamicCache()
-            self._model.model.language_model(inputs_embeds=embeddings_NLD, past_key_values=cache, use_cache=True)
+            with self._linears:
+                self._model.model.language_model(inputs_embeds=embeddings_NLD, past_key_values=cache, use_cache=True)
             read: list[Any] = list(cache.layers)
             for row, name in enumerate(new):
                 self._read[name, key] = [(layer.keys[row], layer.values[row]) for layer in read]
@@ -199,14 +202,15 @@ class GreedyDecoder:
         width = embeddings_BLD.shape[1]
         position_BL = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)[:, -width:]
         cache: Any = Cache(layers=list(layers))
-        hidden_BLD = self._model.model.language_model(
-            inputs_embeds=embeddings_BLD,
-            attention_mask=mask_BL,
-            position_ids=position_BL,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self._model.lm_head(hidden_BLD[:, -keep:])
+        with self._linears:
+            hidden_BLD = self._model.model.language_model(
+                inputs_embeds=embeddings_BLD,
+                attention_mask=mask_BL,
+                position_ids=position_BL,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            return self._model.lm_head(hidden_BLD[:, -keep:])
 
     def _score(
         self,
