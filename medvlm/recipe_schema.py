@@ -49,7 +49,7 @@ StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
 TemplateName = Literal[
     "plain", "vicuna_v1", "vicuna_v1_sq", "mistral_instruct", "llama_2", "llama2_chinese", "phi", "chatml"
 ]
-Part = Literal["vision_tower", "projector", "language_model", "feed_forward"]
+Part = Literal["vision_tower", "projector", "language_model", "feed_forward", "image_marks"]
 
 Size = Annotated[int, Field(gt=0), SIZE]
 Source = Annotated[str, Field(min_length=1), SOURCE]
@@ -291,7 +291,8 @@ class Stage(_Section):
     """``each`` makes one checkpoint for each benchmark, every one from the same start."""
     trains: Annotated[tuple[Part, ...], Field(min_length=1)]
     """``feed_forward`` is every feed-forward module of the language model, experts among them; it is also a part
-    of ``language_model``. A router never trains in a stage."""
+    of ``language_model``. ``image_marks`` is two rows of the input embedding, those of ``<im_start>`` and
+    ``<im_end>`` where the model has them, while the language model stays. A router never trains in a stage."""
     objective: Literal["answer", "dpo"]
     """``dpo`` learns from preference pairs: direct preference optimisation (Rafailov et al. 2023)."""
     preference_beta: Annotated[float, Field(gt=0)] = 0.1
@@ -326,7 +327,8 @@ class Stage(_Section):
       width (Yang et al. 2022, Tensor Programs V, table 3) and of depth-muP for depth (Yang et al. 2023,
       Tensor Programs VI);
     - projector and vision tower: ``reference_width / hidden_size`` of the vision tower, which is what the
-      projector reads from.
+      projector reads from;
+    - image marks: 1, muP's rule for an input embedding: a row is looked up, nothing is summed over its width.
 
     At the published size every ratio is 1. Measured on phantoms with a language model of 128 x 3 layers: rates of
     1e-3 and 2e-3 learned best, 6.4e-4 (width alone) was slower and 2e-5 does not learn; the rule gives 2.1e-3.
@@ -356,6 +358,10 @@ class Stage(_Section):
             raise ValueError(f"targets 'each' needs data 'benchmarks', not {self.data!r}")
         if {"language_model", "feed_forward"} <= set(self.trains):
             raise ValueError("trains names feed_forward, which language_model holds already")
+        if self.trains == ("image_marks",):
+            raise ValueError("trains names image_marks alone, and a model may have none")
+        if {"language_model", "image_marks"} <= set(self.trains):
+            raise ValueError("trains names image_marks, which are rows of language_model's embedding")
         if self.samples_per_image > 1 and self.template == "plain":
             raise ValueError("samples_per_image above 1 needs a template with turns, and plain has none")
         if (self.objective == "dpo") != (self.data == "preference"):
@@ -440,10 +446,20 @@ class Recipe(_Section):
                 raise ValueError(
                     f"stages.{stage.name}.max_length {stage.max_length} leaves no room for text: an image takes {image}"
                 )
+        for stage in self.stages:
+            self._check_marks(stage)
         for stage in self.stages[:-1]:
             if stage.targets == "each":
                 raise ValueError(f"stages.{stage.name}.targets 'each' is for the last stage only")
         return self
+
+    def _check_marks(self, stage: Stage) -> None:
+        marks = "image_marks" in stage.trains and self.model.mm_use_im_start_end
+        if marks and self.model.language_model.tied_embeddings:
+            raise ValueError(
+                f"stages.{stage.name}.trains names image_marks, rows of the input embedding alone, and "
+                "model.language_model.tied_embeddings makes them rows of the head too"
+            )
 
 
 def _divides(name: str, value: int, by: str, divisor: int) -> None:

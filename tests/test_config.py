@@ -36,7 +36,7 @@ def test_published_hyper_parameters_of_llava_med() -> None:
     assert (align.learning_rate, align.global_batch, align.epochs) == (2e-3, 128, 1)
     assert (instruct.learning_rate, instruct.global_batch, instruct.epochs) == (2e-5, 128, 3)
     assert (finetune.learning_rate, finetune.global_batch, finetune.epochs) == (2e-5, 64, 9)
-    assert align.trains == ("projector",)
+    assert align.trains == ("projector", "image_marks")
     assert instruct.trains == finetune.trains == ("projector", "language_model")
     assert all(s.max_length == 2048 and s.warmup_ratio == 0.03 and s.weight_decay == 0 for s in recipe.stages)
     assert recipe.model.image_tokens == 256

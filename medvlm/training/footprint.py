@@ -53,6 +53,8 @@ class Shape:
     """Of experts that a token does not visit."""
     embedding: int
     """The input table: memory, but no multiplication."""
+    image_marks: int
+    """Of its rows, those of ``<im_start>`` and ``<im_end>``."""
     adaptable: int
     """Weights of the language model that LoRA puts an adapter beside, and that 4-bit loading packs."""
     adapter_widths: dict[str, int]
@@ -82,6 +84,7 @@ def model_shape(recipe: Recipe, stage: Stage | None = None) -> Shape:
     from torch import nn
 
     from medvlm.models.meta import meta_model
+    from medvlm.training.marks import mark_parameters
     from medvlm.training.params import is_feed_forward, part_of
 
     model: Any = meta_model(recipe, stage)
@@ -98,6 +101,7 @@ def model_shape(recipe: Recipe, stage: Stage | None = None) -> Shape:
         feed_forward=sum(p.numel() for name, p in model.named_parameters() if is_feed_forward(name)),
         idle=idle,
         embedding=model.get_input_embeddings().weight.numel(),
+        image_marks=mark_parameters(recipe),
         adaptable=sum(m.weight.numel() for m in linear),
         adapter_widths={
             part: sum(layer.in_features + layer.out_features for layer in _adapted(model, recipe, part))
@@ -135,7 +139,8 @@ def adapter_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> dict[str, 
 
 def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
     """How many parameters learn."""
-    sizes = {**shape.parts, "feed_forward": shape.feed_forward, **adapter_parameters(shape, stage, tuning)}
+    own = {"feed_forward": shape.feed_forward, "image_marks": shape.image_marks}
+    sizes = {**shape.parts, **own, **adapter_parameters(shape, stage, tuning)}
     return sum(sizes[part] for part in stage.trains)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from medvlm.recipe_schema import Part, Recipe, Stage
 from medvlm.training import lora
 from medvlm.training.lora import is_adapter
+from medvlm.training.marks import is_mark_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +43,8 @@ def learned_part(name: str, stage: Stage) -> Part:
 
     A feed-forward module of the language model is ``feed_forward`` where the stage trains that alone.
     """
+    if is_mark_rows(name):
+        return "image_marks"
     part = part_of(name)
     alone = "feed_forward" in stage.trains and part == "language_model" and is_feed_forward(name)
     return "feed_forward" if alone else part
@@ -65,6 +68,8 @@ def rate_ratio(recipe: Recipe, part: Part) -> float:
     tower, decoder = recipe.model.vision_tower, recipe.model.language_model
     if part in ("language_model", "feed_forward"):
         return decoder.reference_width / decoder.hidden_size * math.sqrt(decoder.reference_layers / decoder.layers)
+    if part == "image_marks":
+        return 1.0
     return tower.reference_width / tower.hidden_size
 
 
@@ -105,7 +110,9 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """``parameters`` and ``parameters_trained``; with experts also ``parameters_active``: those that a token meets."""
     sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    counts = {"parameters": sum(sizes.values()), "parameters_trained": sum(sizes[name] for name in trained)}
+    # The marks' rows stand in the table too, where they go back to.
+    total = sum(size for name, size in sizes.items() if not is_mark_rows(name))
+    counts = {"parameters": total, "parameters_trained": sum(sizes[name] for name in trained)}
     # Of a layer's experts one works at a time, and all have the size of the first.
     idle = sum(size for name, size in sizes.items() if ".mlp.experts." in name and ".mlp.experts.0." not in name)
     return {**counts, "parameters_active": counts["parameters"] - idle} if idle else counts

@@ -239,12 +239,14 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.training.data import PixelStore, StagePlan, TrainingSet, stage_samples
     from medvlm.training.images import image_store
     from medvlm.training.lora import attach, detach, take_adapter
+    from medvlm.training.marks import attach_marks, detach_marks, take_marks
     from medvlm.training.params import freeze, parameter_counts
 
     stage = job.stage
     samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
     start = _start(job, samples)
     attach(start.model, job.recipe, stage)
+    attach_marks(start.model, start.tokenizer, job.recipe, stage)
     freeze(start.model, stage)
     if not stage.speed.loss_at_labels:
         start.model.head_tokens = None
@@ -290,8 +292,9 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
             "curve": curve,
             **({"experts": experts} if experts else {}),
         }
-        weights, adapter = take_adapter(state, stage)
+        weights, adapter = take_adapter(take_marks(start.model, state), stage)
         detach(start.model)
+        detach_marks(start.model)
         save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=weights, adapter=adapter)
         job.scratch.remove()
     return _Trained(counts, curve, final["loss"], experts, pace=trainer.pace.points)
