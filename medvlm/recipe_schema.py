@@ -108,14 +108,16 @@ class VisionTower(_Section):
 class Projector(_Section):
     """What turns patch features into embeddings of the language model."""
 
-    kind: Literal["linear", "mlp2x_gelu", "cluster"]
+    kind: Literal["linear", "mlp2x_gelu", "cluster", "cluster_pooled"]
+    """``cluster`` is the prototype extractor as it is described; ``cluster_pooled`` is what SQ-LLaVA's and
+    STLLaVA-Med's code computes under that name, for their published weights."""
     prototypes: Size | None = None
-    """Learned cluster centres of the ``cluster`` kind; null for the others."""
+    """Centres of the ``cluster`` kinds, learned by the first and pooled from patches by the second; else null."""
 
     @model_validator(mode="after")
     def _fits(self) -> Projector:
-        if (self.kind == "cluster") != (self.prototypes is not None):
-            raise ValueError(f"prototypes belongs to kind 'cluster', and kind is {self.kind!r}")
+        if self.kind.startswith("cluster") != (self.prototypes is not None):
+            raise ValueError(f"prototypes belongs to kind 'cluster' or 'cluster_pooled', and kind is {self.kind!r}")
         return self
 
 

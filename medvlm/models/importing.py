@@ -76,7 +76,7 @@ class Imported:
     merged: int
     """Weights that took up an adapter."""
     dropped: list[str]
-    """Stored buffers that every version of transformers computes."""
+    """Stored tensors that nothing reads; see ``medvlm.models.llava_layout.COMPUTED``."""
     added_tokens: dict[str, int]
     """Marks that the tokenizer did not have, with their ids."""
     grown_rows: int
@@ -255,6 +255,9 @@ def _gather_extras(gathered: _Gathered, folder: Path, recipe: Recipe, parts: Par
         trained.append(projector)
     for path in trained:
         for key, tensor in read_weight_file(path).items():
+            if COMPUTED.search(key):
+                gathered.dropped.append(key)
+                continue
             name = our_name(plain_name(key), recipe)
             if name is None:
                 gathered.strange.append(f"{key} in {path.name}")

@@ -15,8 +15,9 @@ from medvlm.recipe_schema import Recipe
 
 __all__ = ["COMPUTED", "listed", "our_name", "plain_name", "settings_that_differ", "text_settings", "tower_name"]
 
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Buffers that old versions of transformers stored and every version computes."""
+COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|mm_projector\.ln_1\.(weight|bias))$")
+"""Buffers that old versions of transformers stored and every version computes, and the layer norm that the ``cluster``
+projector of STLLaVA-Med stores and never reads."""
 
 _PREFIXES = ("module.", "base_model.model.")
 _PROJECTORS = {
@@ -27,7 +28,25 @@ _PROJECTORS = {
         "2.weight": "linear_2.weight",
         "2.bias": "linear_2.bias",
     },
+    # What STLLaVA-Med's and SQ-LLaVA's code calls its parts: their ``Clustering``.
+    "cluster_pooled": {
+        "sim_alpha": "likeness_scale",
+        "sim_beta": "likeness_shift",
+        **{
+            f"{theirs}.{kind}": f"{ours}.{kind}"
+            for theirs, ours in {
+                "c": "centre",
+                "v": "key",
+                "f": "value",
+                "mlp.0": "linear_1",
+                "mlp.2": "linear_2",
+            }.items()
+            for kind in ("weight", "bias")
+        },
+    },
 }
+_PROJECTOR_KINDS = {"cluster": "cluster_pooled"}
+"""The originals' name of a projector → ours, where they differ."""
 _TOWER = "model.vision_tower.vision_tower."
 _TEXT_SETTINGS = (
     "hidden_act",
@@ -109,7 +128,7 @@ def settings_that_differ(config: Mapping[str, Any], recipe: Recipe, source: str)
         ("mm_hidden_size", config.get("mm_hidden_size"), "model.vision_tower.hidden_size", tower.hidden_size),
         (
             "mm_projector_type",
-            config.get("mm_projector_type", "linear" if "mm_hidden_size" in config else None),
+            _projector_kind(config),
             "model.projector.kind",
             model.projector.kind,
         ),
@@ -143,6 +162,12 @@ def settings_that_differ(config: Mapping[str, Any], recipe: Recipe, source: str)
         told = "; ".join(f"{t} is {v!r}, the recipe's {field} is {ours!r}" for t, v, field, ours in wrong)
         changes = " ".join(f"--set {field}={_yaml(v)}" for _, v, field, _ in wrong)
         raise CheckpointError(told, where=source, hint=f"use the recipe that it was trained with, or {changes}")
+
+
+def _projector_kind(config: Mapping[str, Any]) -> str | None:
+    """Our name of a checkpoint's projector; v1 has one kind and does not say it. None: not a LLaVA model."""
+    kind = config.get("mm_projector_type", "linear" if "mm_hidden_size" in config else None)
+    return _PROJECTOR_KINDS.get(str(kind), kind)
 
 
 def _yaml(value: Any) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PROJECTORS", "ClusterProjector", "LinearProjector", "MLPProjector"]
+__all__ = ["PROJECTORS", "ClusterProjector", "LinearProjector", "MLPProjector", "PooledClusterProjector"]
 
 
 class LinearProjector(nn.Module):
@@ -57,7 +57,7 @@ class ClusterProjector(nn.Module):
     patch knows of the others of its kind before it is projected. From the description in SQ-LLaVA (Sun et
     al. 2024, section 3.3) and ClusterFormer (Liang et al. 2023, section 3.1): cross-attention in which patches
     choose among centres, a few rounds of it, then dispatch by similarity. Our own implementation; its weights
-    are not those of the published files.
+    are not those of the published files, for which there is ``PooledClusterProjector``.
 
     Shapes: features (N, P, V) → K centres (N, K, V) → features (N, P, V) → embeddings (N, P, D). A permutation
     of an image's patches permutes its embeddings and changes nothing else; images do not see each other.
@@ -112,9 +112,70 @@ class ClusterProjector(nn.Module):
         return cosine_NPK * self.log_sharpness.exp()
 
 
+class PooledClusterProjector(nn.Module):
+    """The function that the published weights of SQ-LLaVA's and STLLaVA-Med's ``cluster`` projector belong to.
+
+    Written anew from what heliossun/STLLaVA-Med computes (``llava/model/multimodal_projector/cluster.py`` at 9113c41,
+    MIT), which is not what the paper describes: centres begin as pooled stretches of the patches' row and not as
+    learned prototypes, the cosine between centres and patches is normalised along the patches on one side and along
+    the channels on the other, and a patch is dispatched from its most similar centre alone. A stored layer norm
+    (``ln_1``) is read by nothing there, and is not here.
+
+    Args:
+        config: ``projector_prototypes`` is K; V and D are the widths of tower and language model.
+    """
+
+    rounds = 2
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        tower, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.prototypes: int = config.projector_prototypes
+        self.likeness_scale = nn.Parameter(torch.ones(1, 1, 1))
+        self.likeness_shift = nn.Parameter(torch.zeros(1, 1, 1))
+        self.centre = nn.Linear(tower, tower)
+        self.key = nn.Linear(tower, tower)
+        self.value = nn.Linear(tower, tower)
+        self.linear_1 = nn.Linear(tower, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features_NPV: Tensor) -> Tensor:
+        """Embeddings (N, P, D) of patch features (N, P, V)."""
+        values_NPV = self.value(features_NPV)
+        likeness_NKP = self._dispatched(self.centres(features_NPV, values_NPV), features_NPV)
+        members_NK1 = (likeness_NKP > 0).sum(-1, keepdim=True)
+        # A mean over a centre's members and over what was pooled where it began.
+        gathered_NKV = (likeness_NKP @ values_NPV + self._pooled(values_NPV)) / (members_NK1 + 1.0)
+        hidden_NPD = self.linear_1(features_NPV + likeness_NKP.mT @ gathered_NKV)
+        # The sigmoid's approximation of GELU, CLIP's.
+        return self.linear_2(hidden_NPD * torch.sigmoid(1.702 * hidden_NPD))
+
+    def centres(self, features_NPV: Tensor, values_NPV: Tensor) -> Tensor:
+        """What each centre gathered, (N, K, V)."""
+        # Each channel has length 1 over the patches: so published, where each patch was to be expected.
+        keys_NVP = functional.normalize(self.key(features_NPV).mT, dim=-1)
+        centres_NKV = self._pooled(features_NPV)
+        for _ in range(self.rounds):
+            queries_NKV = functional.normalize(self.centre(centres_NKV), dim=-1)
+            centres_NKV = (queries_NKV @ keys_NVP).softmax(-2) @ values_NPV
+        return centres_NKV
+
+    def _dispatched(self, centres_NKV: Tensor, features_NPV: Tensor) -> Tensor:
+        """Likeness of each patch to its centre, above 0, and 0 to every other centre: (N, K, P)."""
+        cosine_NKP = functional.normalize(centres_NKV, dim=-1) @ functional.normalize(features_NPV, dim=-1).mT
+        likeness_NKP = torch.sigmoid(self.likeness_shift + self.likeness_scale * cosine_NKP)
+        nearest_NKP = torch.zeros_like(likeness_NKP).scatter_(1, likeness_NKP.argmax(1, keepdim=True), 1.0)
+        return likeness_NKP * nearest_NKP
+
+    def _pooled(self, rows_NPV: Tensor) -> Tensor:
+        """K means over stretches of the patches' row that cover it evenly, (N, K, V)."""
+        return functional.adaptive_avg_pool1d(rows_NPV.mT, self.prototypes).mT
+
+
 PROJECTORS: dict[str, Callable[[Any], nn.Module]] = {
     "linear": LinearProjector,
     "mlp2x_gelu": MLPProjector,
     "cluster": ClusterProjector,
+    "cluster_pooled": PooledClusterProjector,
 }
 """A kind's name in the recipe and in config.json → what builds it from the model's configuration."""
