@@ -26,11 +26,11 @@ SHOWN_EXAMPLES = 5
 @click.argument("names", nargs=-1, required=True, type=click.Choice(list(CONTRACTS)))
 @click.option(
     "--workspace",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("workspace"),
+    type=click.Path(file_okay=False),
+    default="workspace",
     envvar="MEDVLM_WORKSPACE",
     show_default=True,
-    help="Folder that holds everything the pipeline makes.",
+    help="Folder that holds everything the pipeline makes, or s3://bucket/prefix.",
 )
 @click.option("--benchmark", help="Only this benchmark (benchmark-items, predictions, scores).")
 @click.option("--recipe", help="Only this recipe (preference, predictions, scores).")
@@ -45,7 +45,7 @@ SHOWN_EXAMPLES = 5
 @click.option("--accept", is_flag=True, help="Take this version as the one that later ones are compared with.")
 def main(
     names: tuple[str, ...],
-    workspace: Path,
+    workspace: str,
     benchmark: str | None,
     recipe: str | None,
     as_json: bool,
@@ -62,9 +62,24 @@ def main(
       python -m data_contracts preference --recipe tiny-stllava-med
       python -m data_contracts figures --accept      after a change of the data that is meant
     """
+    selection = Selection(benchmark=benchmark, recipe=recipe)
+    if not workspace.startswith("s3://"):
+        held = _check(names, Path(workspace), selection, as_json=as_json, docs=docs, accept=accept)
+    else:
+        from medvlm.step_files import opened_copy
+
+        with opened_copy(workspace, ["contract", *names]) as folder:
+            held = _check(names, folder, selection, as_json=as_json, docs=docs, accept=accept)
+    if not held:
+        sys.exit(1)
+
+
+def _check(
+    names: tuple[str, ...], workspace: Path, selection: Selection, *, as_json: bool, docs: bool, accept: bool
+) -> bool:
+    """Check contracts and print what became of them; whether all hold."""
     from data_contracts.run import result_folder, run_contract
 
-    selection = Selection(benchmark=benchmark, recipe=recipe)
     results: list[ContractResult] = []
     for name in names:
         try:
@@ -83,8 +98,7 @@ def main(
         success = all(result.success for result in results)
         value = listed[0] if len(listed) == 1 else {"success": success, "contracts": listed}
         click.echo(json.dumps(value, ensure_ascii=False, indent=2))
-    if not all(result.success for result in results):
-        sys.exit(1)
+    return all(result.success for result in results)
 
 
 def readable(result: ContractResult) -> str:

@@ -17,6 +17,7 @@ from medvlm.errors import MedVLMError
 # no verb's own imports are paid for until it runs.
 VERBS: dict[str, tuple[str, str]] = {
     "configure": ("medvlm.commands.configure:configure", "Choose URL list, store, sources and recipes."),
+    "workspace": ("medvlm.commands.workspace:workspace", "Bring in and put up a workspace that lies in a bucket."),
     "corpus": ("medvlm.commands.corpus:corpus", "Draw the synthetic sample corpus."),
     "fetch": ("medvlm.commands.fetch:fetch", "Fetch the figures of a URL list from the PMC Cloud Service."),
     "find": ("medvlm.commands.find:find", "Find articles with E-utilities and write them as a list to fetch."),
@@ -66,13 +67,25 @@ class LazyGroup(click.Group):
         module, function = VERBS[cmd_name][0].split(":")
         return getattr(importlib.import_module(module), function)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """The verb and its arguments, which are kept for the case that it fails."""
-        ctx.meta["command"] = list(args)
-        return super().resolve_command(ctx, args)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Remember the verb and its arguments, which say what of a bucket is brought in."""
+        typed = list(args)
+        rest = super().parse_args(ctx, args)
+        ctx.meta["command"] = typed[len(typed) - len(rest) - 1 :]
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb; where it fails, leave a note of that for the dashboard."""
+        """Run the verb, on a local copy where the workspace is a bucket; its failure is noted for the dashboard."""
+        if not ctx.params["workspace"].startswith("s3://"):
+            return self._noted(ctx)
+        from medvlm.step_files import opened_copy
+
+        ctx.meta["bucket"] = ctx.params["workspace"]
+        with opened_copy(ctx.meta["bucket"], ctx.meta["command"]) as folder:
+            ctx.params["workspace"] = str(folder)
+            return self._noted(ctx)
+
+    def _noted(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -97,7 +110,7 @@ class LazyGroup(click.Group):
     default="workspace",
     envvar="MEDVLM_WORKSPACE",
     show_default=True,
-    help="Folder that holds everything the pipeline makes.",
+    help="Folder that holds everything the pipeline makes, or s3://bucket/prefix: see 'medvlm workspace --help'.",
 )
 @click.pass_context
 def cli(ctx: click.Context, workspace: str) -> None:

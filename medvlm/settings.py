@@ -84,6 +84,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     workspace: str = "workspace"
+    bucket: str = ""
+    """``s3://bucket/prefix`` that the workspace is the local copy of, for Dagster's runs; empty for none."""
     seed: int = 0
     figures: FigureSettings
     alignment: str
@@ -144,7 +146,10 @@ def write_settings(path: Path, settings: Settings) -> None:
     Raises:
         WorkspaceError: The folder cannot be written.
     """
-    body = yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
+    values = settings.model_dump()
+    if not settings.bucket:
+        del values["bucket"]
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     text = _HEADER + body
     if path.exists() and path.read_text("utf-8") == text:
         return

@@ -45,11 +45,10 @@ bundle_release = dg.define_asset_job(
 @dg.op
 def recheck_figures_op(context: dg.OpExecutionContext, project: DvcProject) -> None:
     """Take retracted and relicensed figures out of the shards, and tell DVC that this was meant."""
-    settings = project.settings
-    store = settings.figures.store
-    project.run(context, ["medvlm", "--workspace", settings.workspace, "recheck", "--store", store])
+    project.run(context, project.medvlm("recheck", "--store", project.settings.figures.store))
     # The figures' own hash changes here, so the next build of each dataset sees changed inputs.
-    project.run(context, ["python", "-m", "dvc", "commit", "--force", "figures"])
+    dvc = ["orchestration.bucket_stage", "commit"] if project.bucket else ["dvc", "commit", "--force"]
+    project.run(context, ["python", "-m", *dvc, "figures"])
 
 
 @dg.job(description="Looks for retractions and licence changes since the fetch; the next dataset build obeys.")

@@ -17,6 +17,8 @@ import yaml
 
 from medvlm.settings import Settings, read_settings
 from medvlm.store import Workspace
+from medvlm.working_copy import CACHE_VARIABLE
+from orchestration.bucket_stage import bucket_of
 from orchestration.launchers import (
     TrainingLauncher,
     default_client,
@@ -58,6 +60,15 @@ class DvcProject(dg.ConfigurableResource):
         """The workspace that params.yaml names."""
         return Workspace(Path(self.root) / self.settings.workspace)
 
+    @property
+    def bucket(self) -> str:
+        """The bucket that the workspace is the local copy of; empty where it is a folder and no more."""
+        return bucket_of(self.settings)
+
+    def medvlm(self, *arguments: str) -> list[str]:
+        """The command line of a verb on this workspace, for ``run``."""
+        return ["medvlm", "--workspace", self.bucket or self.settings.workspace, *arguments]
+
     def reproduce(self, context: Any, stage: str, *, watch: bool = False, train: bool = False) -> StageRun:
         """Bring one DVC stage up to date: run it if its inputs changed, else leave it.
 
@@ -71,9 +82,12 @@ class DvcProject(dg.ConfigurableResource):
             dagster.Failure: The stage failed; the message ends with the command's own last words.
         """
         self.workspace.ensure()
-        before = self._locked(stage)
         # DVC holds its lock for its own bookkeeping only, not while the stage's command runs.
         command = ["python", "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        if self.bucket:
+            self.run(context, ["python", "-m", "orchestration.bucket_stage", "bring", stage])
+            command = ["python", "-m", "orchestration.bucket_stage", "repro", stage]
+        before = self._locked(stage)
         if train and self.launcher.kind == "kubernetes":
             run_in_pod(default_client(), self.launcher, context, Path(self.root), command)
         else:
@@ -99,6 +113,8 @@ class DvcProject(dg.ConfigurableResource):
             shared = None if self.launcher.kind == "local" else self.workspace.scratch("pipes")
             session = stack.enter_context(pipes_session(context, shared)) if watch else None
             told = {**(environment or {}), **(session_environment(session) if session else {})}
+            if self.bucket:
+                told[CACHE_VARIABLE] = str(self.workspace.root)
             command = stack.enter_context(_supervised(Path(self.root), arguments, told, _run_worker(context)))
             seen = 0
             while command.wait(POLL_S) is None:

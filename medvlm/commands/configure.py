@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,8 +51,12 @@ def configure(
     from medvlm.pipeline import with_items
     from medvlm.settings import Settings, read_settings, write_settings
 
-    settings = Settings.sample(workspace) if sample or not path.exists() else read_settings(path)
-    values = settings.model_dump()
+    bucket: str | None = click.get_current_context().meta.get("bucket")
+    # DVC wants its outputs inside the project: there lies the bucket's local copy.
+    begun = Settings.sample("workspace" if bucket else workspace)
+    settings = begun if sample or not path.exists() else read_settings(path)
+    values: dict[str, Any] = settings.model_dump()
+    values["bucket"] = bucket or values["bucket"]
     shards = f"{values['workspace']}/figures/shards"
     for key, value in (("urls", urls), ("store", store), ("policy", policy)):
         if value:

@@ -49,9 +49,8 @@ def figure_parts(context: dg.AssetExecutionContext, project: DvcProject) -> dg.M
     urls = str(waiting.relative_to(project.root)) if waiting.is_file() else settings.figures.urls
     if Path(urls).name != name:
         raise dg.Failure(f"the list {name} is neither in the inbox nor in params.yaml", allow_retries=False)
-    arguments = ["medvlm", "--workspace", settings.workspace, "fetch", "--urls", urls]
-    arguments += ["--store", settings.figures.store, "--policy", settings.figures.policy]
-    project.run(context, [*arguments, "--shard", part], watch=True)
+    arguments = ["fetch", "--urls", urls, "--store", settings.figures.store, "--policy", settings.figures.policy]
+    project.run(context, project.medvlm(*arguments, "--shard", part), watch=True)
     return dg.MaterializeResult(metadata={"list": urls, "part": part})
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from buckets import KEYS, local_bucket
 from projects import copy_project
 
 STAGE = "benchmark@vqa-rad"
@@ -64,29 +65,16 @@ def test_a_fresh_clone_pulls_from_a_folder_and_runs_nothing(built: Path, tmp_pat
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """A local S3 server with an empty bucket: its address."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    client = boto3.client(
-        "s3", endpoint_url=address, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
-    )
-    client.create_bucket(Bucket="medvlm")
-    yield address
-    server.stop()
+    with local_bucket() as address:
+        yield address
 
 
 def test_a_fresh_clone_pulls_from_s3_and_runs_nothing(built: Path, tmp_path: Path, bucket: str) -> None:
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     dvc(built, "remote", "add", "--default", "--force", "bucket", "s3://medvlm/data")
     dvc(built, "remote", "modify", "bucket", "endpointurl", bucket)
-    dvc(built, "push", **keys)
+    dvc(built, "push", **KEYS)
     clone = fresh_clone(built, tmp_path / "clone")
-    dvc(clone, "pull", STAGE, "corpus", **keys)
+    dvc(clone, "pull", STAGE, "corpus", **KEYS)
     runs_nothing(clone)
 
 
