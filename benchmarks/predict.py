@@ -8,9 +8,10 @@ The original scripts (LLaVA-Med's model_vqa_med.py and its descendants) answer o
 the image, encode it, read the whole prompt, generate. Here both ways answer the same questions in the same
 process, greedily, with the same prompts and the same limit of new tokens; their answers are compared.
 
-``run`` takes a part of the questions, so that no run is long; ``sum`` adds the parts up. Any checkpoint of
-medvlm will do. That of ``model`` has real weights but an untrained projector, which changes what it says, and
-so how long its answers are, and not how long a token takes.
+``run`` takes a part of the questions, so that no run is long and both ways meet the same machine; ``sum`` adds
+the parts up. Any checkpoint of medvlm will do. That of ``model`` has real weights but an untrained projector,
+which changes what it says and not how long a token takes: it talks until it is stopped, where a trained model
+answers most questions in one to three tokens (``--set decoding.max_new_tokens=3``).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
     run.add_argument("--order", default="image_first")
     run.add_argument("--part", default="1/1", help="i/n: the i-th of n parts of the questions.")
     run.add_argument("--questions", type=int, default=QUESTIONS)
-    run.add_argument("--seconds", type=float, default=110.0, help="The loop ends after these, where it is then.")
+    run.add_argument("--seconds", type=float, default=600.0, help="The loop ends after these, where it is then.")
     run.add_argument("--way", choices=["both", "ours"], default="both", help="ours: all at once, without the loop.")
     run.add_argument("--out", type=Path, required=True)
     sums = commands.add_parser("sum")
@@ -64,6 +65,9 @@ def main() -> None:
 
 def make_model(folder: Path, name: str, overrides: list[str]) -> None:
     """Write a recipe's model as it is before its first stage."""
+    if (folder / "config.json").exists():
+        print(f"the model of {folder.name}, as it is")
+        return
     from medvlm.config import load_recipe
     from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
     from medvlm.models.tokenizer import load_tokenizer, special_marks
@@ -101,7 +105,7 @@ def run_part(arguments: argparse.Namespace) -> None:
     row: dict[str, Any] = {
         "order": arguments.order,
         "questions": len(items),
-        "images": len({item.image_sha256 for item in items}),
+        "images": sorted({item.image_id for item in items}),
         "ours_s": ours_s[0],
         "ours_cpu_s": ours_s[1],
         "threads": torch.get_num_threads(),
@@ -113,7 +117,7 @@ def run_part(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.order}-{arguments.way}-{part}-of-{parts}.json"
     path.write_text(json.dumps(row | {"load": round(os.getloadavg()[0], 1)}, indent=1) + "\n")
-    print({name: value for name, value in row.items() if name not in ("answers", "loop")})
+    print({name: value for name, value in row.items() if name not in ("images", "answers", "loop")})
 
 
 def pictured(item: VQAItem, slake: Path) -> VQAItem:
@@ -158,26 +162,45 @@ def one_by_one(checkpoint: Any, style: Any, items: list[Any], seconds: float = 0
 
 
 def sum_up(folder: Path) -> None:
-    """Print what each order came to; exit 1 if the better one misses the target, or any answer differs."""
+    """Print what each order came to; exit 1 if the best one misses the target, or any answer differs."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     best, same = 0.0, True
     for order in sorted({row["order"] for row in rows}):
         ours = [row for row in rows if row["order"] == order]
         loop = [row for row in ours if "loop" in row]
         asked = {name: text for row in loop for name, text in row["loop"].items()}
-        print(f"{order}: the loop answered {len(asked)} questions")
-        for unit, by in (("s", "by the clock"), ("cpu_s", "of the processor")):
-            theirs = sum(len(row["loop"]) for row in loop) / sum(row[f"theirs_{unit}"] for row in loop)
-            for kind, group in (("in the same parts", loop), ("all at once", [r for r in ours if "loop" not in r])):
-                if group and (unit == "cpu_s" or kind == "in the same parts"):  # clocks of other hours do not compare
-                    rate = sum(len(row["answers"]) for row in group) / sum(row[f"ours_{unit}"] for row in group)
-                    best = max(best, rate / theirs)
-                    print(f"  {rate:.2f} answers/s {kind}, the loop {theirs:.2f}: {rate / theirs:.1f} times {by}")
         differ = {name for row in ours for name, text in row["answers"].items() if asked.get(name, text) != text}
-        print(f"  identical answers: {len(asked) - len(differ)} of {len(asked)}")
         same &= not differ
-    print(f"target {TARGET:g} times with identical answers: {'met' if best >= TARGET and same else 'MISSED'}")
+        words = sorted(len(text.split()) for text in asked.values())
+        print(
+            f"\n{len(asked)} questions about {len({name for row in loop for name in row['images']})} images "
+            f"in {len(loop)} parts, {order}, "
+            f"answers of {words[len(words) // 2]} words (median; the longest {words[-1]}), "
+            f"{loop[0]['threads']} threads, load {min(row['load'] for row in loop):g} to "
+            f"{max(row['load'] for row in loop):g}; **identical answers: {len(asked) - len(differ)} of {len(asked)}**\n"
+        )
+        print("| seconds | ours, answers/s | the loop, answers/s | ours / loop | median of parts | least | greatest |")
+        print("|---|---|---|---|---|---|---|")
+        for unit, by in (("s", "by the clock"), ("cpu_s", "of the processor")):
+            ratios = sorted(rate(row, "ours", unit) / rate(row, "theirs", unit) for row in loop)
+            median = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+            mine, theirs = (
+                sum(1 / rate(row, way, unit) * len(row["loop"]) for row in loop) for way in ("ours", "theirs")
+            )
+            best = max(best, theirs / mine)
+            print(
+                f"| {by} | {len(asked) / mine:.2f} | {len(asked) / theirs:.2f} | {theirs / mine:.1f} "
+                f"| {median:.1f} | {ratios[0]:.1f} | {ratios[-1]:.1f} |"
+            )
+        for row in (row for row in ours if "loop" not in row):
+            print(f"\nAll {len(row['answers'])} at once: {rate(row, 'ours', 'cpu_s'):.2f} answers/s of the processor")
+    print(f"\nTarget {TARGET:g} times with identical answers: {'met' if best >= TARGET and same else 'MISSED'}")
     sys.exit(not (best >= TARGET and same))
+
+
+def rate(row: dict[str, Any], way: str, unit: str) -> float:
+    """Answers per second of a way in a part; the loop may have been stopped before its end."""
+    return len(row["answers" if way == "ours" else "loop"]) / row[f"{way}_{unit}"]
 
 
 if __name__ == "__main__":

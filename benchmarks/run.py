@@ -43,7 +43,8 @@ PACKAGES = (
 class Benchmark:
     """One script, and how it is run here.
 
-    In the options, ``{data}`` is the folder of real data and ``{scratch}`` one that is gone afterwards.
+    In the options, ``{data}`` is the folder of real data, ``{scratch}`` one that is gone afterwards, and ``{model}``
+    the trained checkpoint that was named, or else a folder in the latter.
     """
 
     title: str
@@ -72,19 +73,10 @@ BENCHMARKS = {
     "predict": Benchmark(
         "Predict",
         (
-            ("model", "{scratch}/model"),
+            ("model", "{model}", "--set", "decoding.max_new_tokens=3"),
             *(
-                (
-                    "run",
-                    "{scratch}/model",
-                    "--slake",
-                    "{data}/slake/Slake1.0",
-                    "--part",
-                    f"{n}/8",
-                    "--out",
-                    "{scratch}/parts",
-                )
-                for n in (1, 2)
+                ("run", "{model}", "--slake", "{data}/slake/Slake1.0", "--part", f"{n}/4", "--out", "{scratch}/parts")
+                for n in range(1, 5)
             ),
             ("sum", "{scratch}/parts"),
         ),
@@ -102,6 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(BENCHMARKS)}; without any: all.")
     parser.add_argument("--data", type=Path, default=DATA, help="The real data; MEDVLM_TEST_DATA names it too.")
+    parser.add_argument(
+        "--model", type=Path, help="A trained smol-llava-med for predict; else one of random projector."
+    )
     parser.add_argument("--timeout-s", type=float, default=3600, help="After these a run is ended and has failed.")
     parser.add_argument("--list", action="store_true", help="Print the commands and run nothing.")
     arguments = parser.parse_args()
@@ -115,12 +110,15 @@ def main() -> None:
         for name in chosen:
             print("\n".join(written(name, options) for options in BENCHMARKS[name].runs))
         return
-    failed = collect({name: BENCHMARKS[name] for name in chosen}, HERE, arguments.data, timeout_s=arguments.timeout_s)
+    benchmarks = {name: BENCHMARKS[name] for name in chosen}
+    failed = collect(benchmarks, HERE, arguments.data, timeout_s=arguments.timeout_s, model=arguments.model)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; their last numbers are kept in {HERE / 'README.md'}")
 
 
-def collect(benchmarks: dict[str, Benchmark], folder: Path, data: Path, *, timeout_s: float) -> list[str]:
+def collect(
+    benchmarks: dict[str, Benchmark], folder: Path, data: Path, *, timeout_s: float, model: Path | None = None
+) -> list[str]:
     """Run benchmarks and write each into the README when it is done.
 
     Args:
@@ -128,6 +126,7 @@ def collect(benchmarks: dict[str, Benchmark], folder: Path, data: Path, *, timeo
         folder: With the scripts and ``README.md``.
         data: The real data.
         timeout_s: Of one run.
+        model: A trained checkpoint.
 
     Returns:
         The names of those that failed.
@@ -140,7 +139,7 @@ def collect(benchmarks: dict[str, Benchmark], folder: Path, data: Path, *, timeo
         if missing:
             outcome, good = f"**Did not run on {today()}**: there is no {', '.join(missing)}.", False
         else:
-            outcome, good = outcome_of(name, benchmark, folder, data, timeout_s)
+            outcome, good = outcome_of(name, benchmark, folder, data, timeout_s, model)
         if not good:
             failed.append(name)
             before = re.sub(r"\n*\*\*(Failed|Did not run) on .*", "", block(text, name), flags=re.DOTALL)
@@ -150,7 +149,9 @@ def collect(benchmarks: dict[str, Benchmark], folder: Path, data: Path, *, timeo
     return failed
 
 
-def outcome_of(name: str, benchmark: Benchmark, folder: Path, data: Path, timeout_s: float) -> tuple[str, bool]:
+def outcome_of(
+    name: str, benchmark: Benchmark, folder: Path, data: Path, timeout_s: float, model: Path | None
+) -> tuple[str, bool]:
     """What a benchmark's runs printed as Markdown, and whether all of them came to their end."""
     printed: list[str] = []
     load, started, missed = os.getloadavg()[0], time.monotonic(), False
@@ -158,7 +159,7 @@ def outcome_of(name: str, benchmark: Benchmark, folder: Path, data: Path, timeou
         for options in benchmark.runs:
             command = written(name, options)
             print(command, file=sys.stderr, flush=True)
-            filled = [word.format(data=data, scratch=scratch) for word in options]
+            filled = [word.format(data=data, scratch=scratch, model=model or f"{scratch}/model") for word in options]
             code, output, errors = ended(
                 [sys.executable, str(folder / f"{name}.py"), *filled], folder.parent, timeout_s
             )
@@ -211,7 +212,7 @@ def stopped(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def written(name: str, options: Sequence[str]) -> str:
     """A run as one would type it."""
-    words = [word.format(data="DATA", scratch="SCRATCH") for word in options]
+    words = [word.format(data="DATA", scratch="SCRATCH", model="MODEL") for word in options]
     return shlex.join(["python", f"benchmarks/{name}.py", *words])
 
 
