@@ -1,0 +1,22 @@
+"""Samples for the tests of what the dashboards read."""
+
+from __future__ import annotations
+
+from medvlm.records import Image, Sample, Turn
+
+
+def sample(n: int, **changes: object) -> Sample:
+    values: dict = {
+        "sample_id": f"s{n:06d}",
+        "dataset": "instruct",
+        "image": Image(b"bytes of image %d" % n, f"{n}.png"),
+        "image_sha256": "",
+        "image_phash": "",
+        "group_id": f"g{n}",
+        "turns": (Turn("user", "<image>\nWhat?"), Turn("assistant", f"Finding {n}")),
+        "modality": ("ct", "mri")[n % 2],
+        "language": "en",
+        "licence": "CC BY",
+        "source": "caption",
+    }
+    return Sample(**{**values, **changes})
