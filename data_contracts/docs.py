@@ -59,7 +59,7 @@ def _library_page(validation: Any) -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # A result that did not go through a checkpoint has no run; the page asks for its name.
+        # A result that did not go through a checkpoint has no run; the page asks for its name and time.
         validation.meta.setdefault("run_id", {"run_name": "data contract", "run_time": None})
         page = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(validation))
     return _offline(page)
@@ -67,7 +67,9 @@ def _library_page(validation: Any) -> str:
 
 def _offline(page: str) -> str:
     """The page without anything that a browser would fetch from elsewhere, or that leads nowhere."""
-    page = re.sub(r"<script\b[^>]*\bsrc=.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    # Scripts need a library that is not there, and what they would do (hide rows) goes with them.
+    page = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    page = re.sub(r"<strong>Actions</strong>.*?(?=<strong>)", "", page, flags=re.DOTALL)
     page = re.sub(r"<link\b[^>]*\bhref=[\"']?https?:[^>]*>", "", page, flags=re.IGNORECASE)
     page = re.sub(r"<img\b[^>]*\bsrc=[\"']?https?:[^>]*>", "", page, flags=re.IGNORECASE)
     page = re.sub(r"url\([\"']?https?:[^)]*\)", "none", page)
@@ -76,6 +78,7 @@ def _offline(page: str) -> str:
     page = re.sub(r"<a\b[^>]*\bhref=\"[^\"#]*index\.html\"[^>]*>", '<a href="index.html">', page)
     page = re.sub(r"<a\b[^>]*\bhref=\"(?!#|index\.html)[^\"]*\"[^>]*>(.*?)</a>", r"\1", page, flags=re.DOTALL)
     page = re.sub(r"<iframe\b.*?</iframe>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    page = page.replace(" / __none__", "").replace("__none__", "none")
     return page.replace("</head>", f"<style>{_STYLE}</style></head>", 1)
 
 

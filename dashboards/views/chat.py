@@ -242,7 +242,7 @@ def _pairs(talk: Conversation, number: int) -> dict[str, tuple[str, str, str, st
         said = ["You preferred the first answer.", "You preferred the second answer."]
     else:
         return {}
-    if first.strip() == second.strip():
+    if first.strip().lower() == second.strip().lower():
         st.caption("Both say the same.")
         return {}
     return {"0": (names[0], first, second, said[0]), "1": (names[1], second, first, said[1])}
@@ -254,11 +254,11 @@ def _history(talk: Conversation, sampling: Sampling) -> None:
             with st.container(gap="xxsmall"):
                 st.caption("You")
                 foreign_text(question)
+            stopper = st.empty()  # above the answers: a button that moves as they grow is hard to press
             columns = [column.container(gap="xxsmall") for column in st.columns(len(talk.models))]
             for column, label in zip(columns, talk.models, strict=True):
                 column.caption(escaped(label))
             if len(talk.answers[number]) < len(talk.models):
-                stopper = st.empty()
                 stopper.button("Stop", key=f"stop-{number}", on_click=_stopped, args=(talk, number))
                 _answer(talk, number, sampling, columns)
                 stopper.empty()

@@ -185,6 +185,9 @@ def test_docs_are_whole_pages_that_fetch_nothing(tmp_path: Path) -> None:
     assert "values must belong to this set" in page
     assert "modality" in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+https?://", page)
+    assert "<script" not in page  # the library's own need what a CDN brings
+    assert "Failed Only" not in page and "__none__" not in page
+    assert "Table of Contents" in page and "Statistics" in page
 
 
 def test_the_result_names_its_pages_and_old_ones_go(tmp_path: Path) -> None:

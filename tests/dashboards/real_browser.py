@@ -62,10 +62,13 @@ def serving(
         server.wait(30)
 
 
-def dashboard(workspace: Workspace, folder: Path, port: int) -> AbstractContextManager[Server]:
+def dashboard(
+    workspace: Workspace, folder: Path, port: int, script: Path = REPOSITORY / "dashboards" / "app.py"
+) -> AbstractContextManager[Server]:
     """A running dashboard, started as the README says but from another folder, which may hold its secrets."""
-    script = REPOSITORY / "dashboards" / "app.py"
     command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port", str(port)]
+    # A script elsewhere does not have the settings that lie beside the dashboard.
+    command += ["--server.address", "127.0.0.1", "--server.headless", "true", "--browser.gatherUsageStats", "false"]
     health = f"http://127.0.0.1:{port}/_stcore/health"
     return serving(command, health, folder, MEDVLM_WORKSPACE=str(workspace.root))
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Generator
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from playwright.sync_api import Page, expect
-from real_browser import dashboard, free_port, ready
-from workspace_builder import build_workspace, write_untrained_checkpoint
+from playwright.sync_api import Browser, Page, expect
+from real_browser import REPOSITORY, dashboard, free_port, ready
+from workspace_builder import HOSTILE, build_workspace, write_untrained_checkpoint
 
 from medvlm import RESEARCH_USE_ONLY
-from medvlm.review import Journal, saved_preferences
+from medvlm.review import Journal, agreement, saved_preferences
 from medvlm.store import Workspace
 
 VIEWS = {
@@ -28,6 +30,8 @@ VIEWS = {
     "benchmarks": "Benchmarks",
     "chat": "Chat",
 }
+HOSTILE_DOCS = """<h1>Data Docs</h1><img src='http://evil.example/p.png' onerror='document.body.dataset.owned=1'>
+<script>document.body.dataset.owned = 1; parent.document.title = 'owned'</script>"""
 SCREENSHOTS = os.environ.get("MEDVLM_SCREENSHOTS")
 """Folder where screenshots are kept; a test never writes into the repository by itself."""
 
@@ -38,6 +42,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         return Workspace(Path(os.environ["MEDVLM_WORKSPACE"]))
     workspace = build_workspace(tmp_path_factory.mktemp("browser") / "workspace")
     write_untrained_checkpoint(workspace)
+    docs = workspace.contract("instruct") / "docs"
+    docs.mkdir()
+    (docs / "index.html").write_text(HOSTILE_DOCS)
     return workspace
 
 
@@ -119,6 +126,72 @@ def sign(tab: Page, name: str) -> None:
     tab.get_by_role("heading", level=1).click()
 
 
+def test_two_reviewers_at_once_lose_nothing_and_see_how_far_they_agree(
+    built_workspace: Path, browser: Browser, tmp_path: Path
+) -> None:
+    shutil.copytree(built_workspace, tmp_path / "workspace")
+    workspace, port = Workspace(tmp_path / "workspace"), free_port()
+    with dashboard(workspace, tmp_path, port), browser.new_context() as first, browser.new_context() as second:
+        tabs = {"ann": first.new_page(), "bo": second.new_page()}
+        for who, tab in tabs.items():
+            tab.set_default_timeout(30_000)
+            tab.goto(f"http://127.0.0.1:{port}/review")
+            ready(tab)
+            sign(tab, who)
+        for number in range(1, 5):
+            for who, tab in tabs.items():
+                tab.keyboard.press("a" if who == "ann" or number % 2 else "1")
+            for tab in tabs.values():
+                expect(tab.get_by_test_id("stProgress")).to_contain_text(f"{number} of 60")
+                ready(tab)
+        # Both were shown the same records in the same order.
+        said = Journal(workspace).read()
+        ann, bo = ([(d.record_id, d.action) for d in said if d.who == who] for who in tabs)
+        assert [record for record, _ in ann] == [record for record, _ in bo]
+        assert [action for _, action in bo] == ["accept", "reject"] * 2
+        tabs["ann"].keyboard.press("s")
+        with tabs["ann"].expect_download() as download:
+            tabs["ann"].get_by_role("button", name="Download the decisions as CSV").click()
+        table = pd.read_csv(download.value.path())
+    assert table["who"].value_counts().to_dict() == {"ann": 4, "bo": 4}
+    (agreed,) = agreement(said, "instruct")
+    assert (agreed.records, agreed.observed, agreed.kappa) == (4, 0.5, 0.0)
+
+
+def test_data_docs_are_shown_and_nothing_in_them_runs(address: str, page: tuple[Page, list[str]]) -> None:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        pytest.skip("a workspace that was given has docs of its own")
+    tab, outside = page
+    blocked: list[tuple[str, str | None]] = []
+    tab.on("requestfailed", lambda request: blocked.append((request.url, request.failure)))
+    tab.goto(f"{address}/data?section=Contracts")
+    ready(tab)
+    tab.get_by_text("Show them here").click()
+    docs = tab.frame_locator("iframe")
+    expect(docs.get_by_role("heading", name="Data Docs")).to_be_visible()
+    tab.wait_for_timeout(300)
+    assert docs.locator("body").get_attribute("data-owned") is None
+    assert tab.title() != "owned"
+    # The browser tells of what the policy forbids before it forbids it.
+    assert [(url, "csp") for url in outside] == blocked
+
+
+def test_every_wrong_answer_comes_as_csv_beside_the_other_models(address: str, page: tuple[Page, list[str]]) -> None:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        pytest.skip("a workspace that was given has other answers")
+    tab, _ = page
+    tab.goto(f"{address}/benchmarks?benchmark=slake")
+    ready(tab)
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the wrong answers as CSV").click()
+    table = pd.read_csv(download.value.path())
+    assert download.value.suggested_filename == "slake-tiny-llava-med-wrong-answers.csv"
+    assert len(table) == 14  # the page shows five
+    assert table["prediction"][0] == HOSTILE
+    assert table["prediction of tiny-cliva-med-phi2"].to_list() == table["prediction"].to_list()
+    assert "image" not in table
+
+
 def test_a_killed_dashboard_loses_nothing_that_it_confirmed(
     built_workspace: Path, page: tuple[Page, list[str]], tmp_path: Path
 ) -> None:
@@ -179,3 +252,50 @@ def test_a_checkpoint_is_talked_to_and_its_answer_is_streamed(
     assert pair.chosen == "A round lesion."
     assert len(pair.rejected) > 10  # what the model said
     assert outside == []
+
+
+SLOW_MODEL = """
+import runpy, medvlm.serving.chat
+class Slow:
+    def stream(self, image, turns, sampling, *, stop):
+        for number in range(2000):
+            if stop.wait(0.05):
+                return
+            yield f"word{number} "
+medvlm.serving.chat.ChatModel.load = lambda folder: Slow()
+runpy.run_path(APP)
+"""
+
+
+def test_stop_ends_an_answer_that_would_go_on_for_minutes_and_what_was_said_stays(
+    workspace: Workspace, page: tuple[Page, list[str]], tmp_path: Path
+) -> None:
+    if SCREENSHOTS and os.environ.get("MEDVLM_WORKSPACE"):
+        pytest.skip("a workspace that was given is not talked about")
+    script, port = tmp_path / "slow.py", free_port()
+    script.write_text(SLOW_MODEL.replace("APP", repr(str(REPOSITORY / "dashboards" / "app.py"))))
+    tab, _ = page
+    with dashboard(workspace, tmp_path, port, script):
+        tab.goto(f"http://127.0.0.1:{port}/chat")
+        ready(tab)
+        question = tab.get_by_test_id("stChatInputTextArea")
+        question.fill("What is shown?")
+        question.press("Enter")
+        answer = tab.get_by_test_id("stMainBlockContainer").get_by_test_id("stText").last
+        expect(answer).to_contain_text("word3 ")
+        place = tab.get_by_role("button", name="Stop").bounding_box()
+        tab.get_by_role("button", name="Stop").click()
+        expect(tab.get_by_role("button", name="Write a better answer")).to_be_visible()
+        ready(tab)
+        said = answer.text_content() or ""
+        assert said.startswith("word0 word1 word2 word3 ") and "word1999" not in said
+        assert tab.get_by_role("button", name="Stop").count() == 0
+        # It stands above the answer: one that is pushed down as the answer grows is hard to press.
+        below = answer.bounding_box()
+        assert place and below and place["y"] < below["y"] + below["height"]
+        # And the conversation goes on.
+        question.fill("And where?")
+        question.press("Enter")
+        expect(answer).to_have_text(re.compile("^word0 word1 "))
+        tab.get_by_role("button", name="Stop").click()
+        expect(tab.get_by_role("button", name="Write a better answer")).to_have_count(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import openai
 import pytest
 from click.testing import CliRunner, Result
 from dicom_factory import dicom
+from PIL import Image as Picture
+from PIL.PngImagePlugin import PngInfo
 from test_chat import png
 
 from medvlm.cli import cli
@@ -82,6 +85,44 @@ def test_dicom_is_read_without_its_patient() -> None:
     assert picture.startswith(b"\x89PNG")
     assert b"Doe" not in picture
     assert b"12345" not in picture
+
+
+def written(form: str) -> bytes:
+    """A grey ramp of that form whose file names a patient."""
+    ramp = Picture.linear_gradient("L").resize((40, 30))
+    more: dict[str, object] = {}
+    if form == "PNG":
+        more["pnginfo"] = PngInfo()
+        more["pnginfo"].add_text("Patient", "Jane Doe")
+    elif form == "JPEG":
+        exif = Picture.Exif()
+        exif[0x010E] = "Jane Doe"
+        more["exif"] = exif
+    elif form == "TIFF":
+        more["description"] = "Jane Doe"
+    else:
+        more["comment"] = b"Jane Doe"
+    out = io.BytesIO()
+    ramp.save(out, form, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "GIF", "WEBP"])
+def test_what_is_written_beside_a_picture_does_not_go_on(form: str) -> None:
+    if form == "WEBP":
+        exif = Picture.Exif()
+        exif[0x010E] = "Jane Doe"
+        out = io.BytesIO()
+        Picture.new("RGB", (8, 8), "teal").save(out, "WEBP", exif=exif)
+        data = out.getvalue()
+    else:
+        data = written(form)
+    assert b"Jane" in data
+    bare = open_upload(data, "scan")
+    assert b"Jane" not in bare
+    before, after = (Picture.open(io.BytesIO(part)).convert("RGB") for part in (data, bare))
+    assert before.tobytes() == after.tobytes()
+    assert open_upload(bare, "scan") == bare  # a picture alone goes on as it is
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
