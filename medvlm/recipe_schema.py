@@ -31,6 +31,7 @@ __all__ = [
     "TemplateName",
     "Tokenizer",
     "VisionTower",
+    "WordStart",
     "field_model",
     "field_role",
 ]
@@ -278,6 +279,18 @@ class Speed(_Section):
     """Sequences of like length share a batch. It changes the order of the samples."""
 
 
+class WordStart(_Section):
+    """The projector first learns, without the language model, which words are said of each image.
+
+    See ``medvlm.training.words``.
+    """
+
+    epochs: Annotated[float, Field(gt=0), SIZE]
+    """Over the stage's images."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Adam's, of the projector. It is not scaled with the width."""
+
+
 class Stage(_Section):
     """One training stage. A stage differs by its values, never by another script."""
 
@@ -303,6 +316,8 @@ class Stage(_Section):
     self_question_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a user turn after the first is learned as a question that the model asks itself."""
     lora: Lora | None = None
+    word_start: WordStart | None = None
+    """For a stage of ``benchmarks`` whose questions are in English. None: the projector goes on as it is."""
     epochs: Annotated[float, Field(gt=0), SIZE]
     max_steps: Annotated[int, Field(gt=0), SIZE] | None
     """Ends the stage earlier than its epochs would."""
@@ -374,6 +389,8 @@ class Stage(_Section):
             raise ValueError("objective 'dpo' compares single answers: samples_per_image must be 1")
         if self.self_question_ratio and self.template != "vicuna_v1_sq":
             raise ValueError(f"self_question_ratio needs the template vicuna_v1_sq, {self.template} has no role for it")
+        if self.word_start is not None and (self.data != "benchmarks" or "projector" not in self.trains):
+            raise ValueError("word_start needs data 'benchmarks' and a projector that trains")
         for part in ("vision_tower", "language_model"):
             if self.lora is not None and getattr(self.lora, part) is not None and part not in self.trains:
                 raise ValueError(f"lora.{part} is set, but trains does not name {part}")

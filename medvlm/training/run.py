@@ -27,7 +27,7 @@ from medvlm.training.resume import Scratch
 
 if TYPE_CHECKING:
     from medvlm.models.checkpoint import Checkpoint
-    from medvlm.training.data import StageSample
+    from medvlm.training.data import ImageStore, StageSample
     from medvlm.training.expert_load import ExpertLoad
 
 __all__ = ["run_stage"]
@@ -257,6 +257,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     pixels = PixelStore(start.processor)
     images = image_store(job.workspace, stage, job.engine, start, samples, plan, pixels)
     training_set = TrainingSet(samples, plan, encoder, images, shared_prefix=trees)
+    _start_with_words(job, start, samples, images)
     counts = {
         "samples": len(samples),
         "quarantined": left_out["quarantined"],
@@ -298,6 +299,25 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=weights, adapter=adapter)
         job.scratch.remove()
     return _Trained(counts, curve, final["loss"], experts, pace=trainer.pace.points)
+
+
+def _start_with_words(job: _Job, start: Checkpoint, samples: Sequence[StageSample], images: ImageStore) -> None:
+    """Fit the projector to the words of the stage's questions, where its recipe says so.
+
+    A resumed run does it again, and then takes the weights of its checkpoint.
+    """
+    if job.stage.word_start is None:
+        return
+    from medvlm.training.words import fit_words
+
+    seed, device = job.recipe.seed, job.engine.device
+    fitted = fit_words(start.model, start.tokenizer, samples, images, job.stage.word_start, seed=seed, device=device)
+    if job.engine.rank == 0:
+        click.echo(
+            "the projector says {words:g} words of {images:g} images: loss {loss_before} without looking, "
+            "{loss} after {steps:g} steps".format(**fitted),
+            err=True,
+        )
 
 
 def _final(curve: Sequence[dict[str, float]]) -> dict[str, float]:
