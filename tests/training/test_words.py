@@ -36,8 +36,8 @@ def samples() -> list[StageSample]:
         image = f"i{index}"
         organ = ORGANS[index % 2]
         found += [
-            asked(image, "Does the picture contain liver?", "Yes" if organ == "liver" else "No"),
-            asked(image, "Does the picture contain lung?", "no." if organ == "liver" else "yes"),
+            asked(image, "Is there a liver?", "Yes" if organ == "liver" else "No"),
+            asked(image, "Is there a lung?", "no." if organ == "liver" else "yes"),
             asked(image, "What modality is it?", "CT" if organ == "liver" else "X-Ray"),
         ]
     return found
@@ -116,7 +116,7 @@ def test_nothing_to_say_is_refused() -> None:
 def test_the_fit_says_what_is_in_the_images_and_changes_the_projector_alone() -> None:
     model, _ = parts()
     after, told = fitted()
-    assert told["words"] == len({"contain", "liver", "lung", "ct", "x", "ray"})
+    assert told["words"] == len({"liver", "lung", "ct", "x", "ray"})
     assert (told["images"], told["steps"]) == (60, 60)
     assert told["loss_before"] == pytest.approx(0.6931, abs=1e-3)
     assert told["loss"] < 0.2
