@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import medvlm
 from medvlm.data.card import write_card
 from medvlm.data.images import image_hashes
 from medvlm.data.official import is_synthetic, official_state, question_files
@@ -176,7 +177,7 @@ def build_benchmark(workspace: Workspace, name: str, source: Path, *, tolerance:
             "files": [official_state(file) for file in question_files(source)],
             "synthetic": is_synthetic(workspace, source),
         },
-        fingerprint=fingerprint(*shard_paths(workspace.items(name))),
+        fingerprint=fingerprint(medvlm.__version__, *shard_paths(workspace.items(name))),
     )
     packages = ("pyarrow", "pillow", "imagehash")
     report = write_report(workspace.benchmark(name), report, started=started, packages=packages)

@@ -203,7 +203,7 @@ def _leakage(workspace: Workspace, name: str) -> str:
 
 def _provenance(report: Report) -> str:
     files = report.details.get("files", [])
-    lines = [f"- step: `{report.step}`", f"- fingerprint of the content: `{report.fingerprint}`"]
+    lines = [f"- step: `{report.step}`", f"- fingerprint of content and code: `{report.fingerprint}`"]
     lines += [f"- seed: {report.seed}"] if report.seed is not None else []
     lines += [f"- {key}: `{report.details[key]}`" for key in ("model", "prompt_sha256") if key in report.details]
     lines += [f"- {package} {version}" for package, version in sorted(report.versions.items())]

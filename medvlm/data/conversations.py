@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow.parquet as pq
 
+import medvlm
 from medvlm.data.card import write_card
 from medvlm.data.leakage import ImagesUnderTest
 from medvlm.data.modality import modality_of_caption
@@ -221,7 +222,7 @@ def write_dataset(
         started: ``time.monotonic()`` at the build's start.
         details: For the report, beside the counts.
         seed: Of the build, where it has one.
-        made_with: Prompts and models beside the content that the fingerprint covers.
+        made_with: Prompts and models beside the content and the code's version that the fingerprint covers.
         keep_leaked: Keep test images. Scores must then say so.
 
     Raises:
@@ -244,7 +245,7 @@ def write_dataset(
             "synthetic": figures_are_synthetic(workspace),
         },
         seed=seed,
-        fingerprint=fingerprint(*made_with, *shard_paths(workspace.samples(name))),
+        fingerprint=fingerprint(medvlm.__version__, *made_with, *shard_paths(workspace.samples(name))),
     )
     report = write_report(workspace.dataset(name), report, started=started)
     write_card(workspace, name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import medvlm
 from medvlm.data.card import write_card
 from medvlm.data.conversations import (
     decisions,
@@ -138,7 +139,7 @@ def build_preference(
         counts={"pairs": tally.kept, "dropped": tally.dropped, "missed": tally.dropped_for("figure_absent")},
         details=said,
         seed=seed,
-        fingerprint=fingerprint(*shard_paths(folder)),
+        fingerprint=fingerprint(medvlm.__version__, *shard_paths(folder)),
     )
     report = write_report(workspace.preference(recipe), report, started=started)
     write_card(workspace, f"preference/{recipe}")

@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sound_records
+import yaml
 
 import data_contracts.images
 from data_contracts.contract import Selection
@@ -170,6 +172,22 @@ def test_one_benchmark_has_a_result_of_its_own(tmp_path: Path) -> None:
     assert (workspace.contract("benchmark-items") / "vqa-rad" / "result.json").exists()
     with pytest.raises(WorkspaceError, match="slake"):
         run_contract(workspace, "benchmark-items", selection=Selection(benchmark="slake"))
+
+
+def test_no_tool_reports_home() -> None:
+    code = "import os, data_contracts.expectations; print(os.environ['GX_ANALYTICS_ENABLED'])"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("GX_")}
+    repository = Path(__file__).parents[2]
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository, env=bare
+    )
+    assert shown.stdout.strip() == "false"
+    assert "analytics = false" in (repository / ".dvc" / "config").read_text()
+    assert yaml.safe_load((repository / "orchestration" / "dagster.yaml").read_text())["telemetry"] == {
+        "enabled": False
+    }
+    settings = tomllib.loads((repository / "dashboards" / ".streamlit" / "config.toml").read_text())
+    assert settings["browser"]["gatherUsageStats"] is False
 
 
 def test_docs_are_whole_pages_that_fetch_nothing(tmp_path: Path) -> None:

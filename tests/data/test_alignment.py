@@ -102,6 +102,18 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> No
     assert other[1] != first[1]
 
 
+def test_a_fingerprint_changes_with_the_codes_version_and_only_with_that_or_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (workspace_with(tmp_path / name, figure(1), figure(2)) for name in ("a", "b"))
+    marks = [build_alignment(workspace).fingerprint for workspace in (first, second, first)]
+    assert len(set(marks)) == 1
+    content = [path.read_bytes() for path in shard_paths(first.samples("alignment"))]
+    monkeypatch.setattr("medvlm.__version__", "0.2.0")
+    assert build_alignment(first).fingerprint != marks[0]
+    assert [path.read_bytes() for path in shard_paths(first.samples("alignment"))] == content
+
+
 def test_a_figure_more_does_not_change_the_prompts_of_the_others(tmp_path: Path) -> None:
     few = workspace_with(tmp_path / "few", figure(1), figure(2))
     more = workspace_with(tmp_path / "more", figure(0), figure(1), figure(2))
