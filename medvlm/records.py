@@ -13,9 +13,10 @@ import functools
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "AnswerType",
@@ -285,14 +286,6 @@ class QuarantinedRow:
 
 T = TypeVar("T")
 
-_ARROW: dict[object, pa.DataType] = {
-    str: pa.string(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-    bytes: pa.binary(),
-}
-
 
 @functools.cache
 def schema_of(kind: type) -> pa.Schema:
@@ -301,11 +294,15 @@ def schema_of(kind: type) -> pa.Schema:
     Raises:
         TypeError: A field has a type that records do not use.
     """
+    import pyarrow as pa  # a quarter of a second that whoever only names records shall not pay
+
     hints = typing.get_type_hints(kind)
     return pa.schema([_field(f.name, hints[f.name]) for f in dataclasses.fields(kind)])
 
 
 def _field(name: str, hint: Any) -> pa.Field:
+    import pyarrow as pa
+
     nullable = False
     if isinstance(hint, types.UnionType):
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -314,6 +311,9 @@ def _field(name: str, hint: Any) -> pa.Field:
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    plain = {str: pa.string, int: pa.int64, float: pa.float64, bool: pa.bool_, bytes: pa.binary}
     origin = typing.get_origin(hint)
     if origin is Literal:
         return pa.string()
@@ -321,8 +321,8 @@ def _arrow_type(hint: Any) -> pa.DataType:
         return pa.list_(_field("item", typing.get_args(hint)[0]))
     if dataclasses.is_dataclass(hint):
         return pa.struct(list(schema_of(typing.cast(type, hint))))
-    if hint in _ARROW:
-        return _ARROW[hint]
+    if hint in plain:
+        return plain[hint]()
     raise TypeError(f"records do not use the type {hint!r}")
 
 

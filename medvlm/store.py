@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from medvlm.atomic import atomic_folder, atomic_path, workspace_errors
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import from_row, schema_of, to_row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 __all__ = [
     "Report",
@@ -258,6 +259,8 @@ def write_records(folder: Path, kind: type[T], records: Iterable[T], *, shard_by
     Raises:
         WorkspaceError: The disk is full or read-only; the old content is then still in place.
     """
+    import pyarrow as pa  # a quarter of a second that whoever only asks for a path shall not pay
+
     schema = schema_of(kind)
     count = 0
     with atomic_folder(folder) as temporary, ExitStack() as open_shard:
@@ -278,6 +281,8 @@ def write_records(folder: Path, kind: type[T], records: Iterable[T], *, shard_by
 
 
 def _shard_writer(folder: Path, index: int, schema: pa.Schema) -> pq.ParquetWriter:
+    import pyarrow.parquet as pq
+
     # With checksums a bit that flips on the disk is an error, not another caption.
     path = folder / f"part-{index:05d}.parquet"
     return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
@@ -323,6 +328,9 @@ def iterate_records(folder: Path, kind: type[T]) -> Iterator[T]:
     Raises:
         WorkspaceError: The step has not run yet, or a shard is damaged.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for path in shard_paths(folder):
         try:

@@ -1,9 +1,6 @@
 """Where alerts go: a webhook, a mail address, or nowhere."""
 
 import json
-import smtplib
-import urllib.request
-from email.message import EmailMessage
 
 import dagster as dg
 
@@ -29,6 +26,9 @@ class Alerts(dg.ConfigurableResource):
     def _post(self, text: str) -> None:
         if not self.webhook.startswith(("http://", "https://")):
             raise dg.Failure("MEDVLM_ALERT_WEBHOOK is no http(s) address")
+        # Imported where they are used: loading the definitions shall not wait for them.
+        import urllib.request
+
         request = urllib.request.Request(  # noqa: S310  # checked above
             self.webhook, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
         )
@@ -36,6 +36,9 @@ class Alerts(dg.ConfigurableResource):
             pass
 
     def _mail(self, text: str) -> None:
+        import smtplib
+        from email.message import EmailMessage
+
         message = EmailMessage()
         message["From"], message["To"] = self.mail_from or self.mail_to, self.mail_to
         message["Subject"] = text.splitlines()[0]

@@ -99,6 +99,7 @@ def test_sensors_that_start_runs_are_off_and_those_that_only_tell_are_on() -> No
 
 def test_loading_the_definitions_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "deepspeed", "great_expectations", "streamlit", "dvc", "matplotlib", "pandas")
+    heavy += ("boto3", "numpy", "pyarrow", "PIL", "lxml", "duckdb")
     code = f"import sys, orchestration.definitions; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert done.stdout.strip() == "[]"
