@@ -75,9 +75,15 @@ def prepared_environment() -> Generator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     own = {} if "RANK" in os.environ else _single_rank()
     os.environ.update(own)
+    # DeepSpeed's tuner imports mlflow where it is installed: a second of each start that only a tracked run needs.
+    hidden = "mlflow" not in sys.modules and not any(name.startswith("MLFLOW_") for name in os.environ)
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # as Python has it: an import of it fails
     try:
         yield
     finally:
+        if hidden:
+            del sys.modules["mlflow"]
         for name in own:
             os.environ.pop(name, None)
 
