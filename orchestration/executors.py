@@ -1,4 +1,7 @@
-"""What runs the steps of a run beside each other: processes of this host, or a cluster's workers."""
+"""What runs the steps of a run beside each other: processes of this host, or a cluster's workers.
+
+Workers of Celery are started with ``celery -A orchestration.celery_worker worker``.
+"""
 
 import importlib
 import os
@@ -15,6 +18,10 @@ ELSEWHERE = {
     "ray": ("dagster_ray", "ray_executor"),
 }
 """Executor → the package that has it, and its name there."""
+CELERY_BROKER = "MEDVLM_CELERY_BROKER"
+"""Where Celery's workers wait, such as ``redis://queue.example:6379/0``; results come back the same way."""
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Of the cluster's job server, such as ``http://head.example:8265``."""
 
 
 def executor_of_environment() -> Any:
@@ -32,8 +39,19 @@ def executor_of_environment() -> Any:
         raise InputError(f"there is no executor {name!r}", where=VARIABLE, hint=f"choose from {known}")
     package, attribute = ELSEWHERE[name]
     try:
-        return getattr(importlib.import_module(package), attribute)
+        executor = getattr(importlib.import_module(package), attribute)
     except ImportError as error:
         raise InputError(
             f"the executor {name!r} is not installed", where=VARIABLE, hint=f"pip install {package.replace('_', '-')}"
         ) from error
+    if name == "k8s":
+        return executor
+    variable = CELERY_BROKER if name == "celery" else RAY_ADDRESS
+    if not os.environ.get(variable):
+        raise InputError(
+            f"the executor {name!r} needs an address", where=variable, hint="set it; see docs/operations.md, executors"
+        )
+    if name == "celery":
+        # By its name only: an address may hold a password, and configurations are shown.
+        return executor.configured({"broker": {"env": variable}, "backend": {"env": variable}}, name="celery")
+    return executor.configured({"ray": {"address": os.environ[variable]}}, name="ray")

@@ -19,6 +19,7 @@ from medvlm.settings import Settings, read_settings
 from medvlm.store import Workspace
 from medvlm.working_copy import CACHE_VARIABLE
 from orchestration.bucket_stage import bucket_of
+from orchestration.inputs import Inputs
 from orchestration.launchers import (
     TrainingLauncher,
     default_client,
@@ -28,6 +29,8 @@ from orchestration.launchers import (
 )
 
 POLL_S = 0.5
+CANCEL_LOOKS = 10
+"""Of so many looks at the command one asks whether its run was terminated, where nobody else says so."""
 LAST_LINES = 25
 END_S = 20.0
 """Patience with the supervisor, which itself ends everything within 13 s."""
@@ -116,9 +119,12 @@ class DvcProject(dg.ConfigurableResource):
             if self.bucket:
                 told[CACHE_VARIABLE] = str(self.workspace.root)
             command = stack.enter_context(_supervised(Path(self.root), arguments, told, _run_worker(context)))
-            seen = 0
+            seen, looks = 0, 0
             while command.wait(POLL_S) is None:
                 seen = _observe(context, session, seen)
+                looks += 1
+                if looks % CANCEL_LOOKS == 0 and _is_cancelled(context):
+                    raise dg.Failure("the run was terminated", allow_retries=False)
             _observe(context, session, seen)
         if command.returncode:
             raise dg.Failure(
@@ -129,22 +135,21 @@ class DvcProject(dg.ConfigurableResource):
     def changed_inputs(self, stage: str) -> list[str]:
         """Inputs of a stage that another stage has made anew since it last ran.
 
-        Read from dvc.lock alone, so that it is quick and never waits for DVC's own lock. A stage
+        Read from dvc.lock, so that it is quick and never waits for DVC's own lock. A stage
         that has not run yet has no inputs and so none that changed.
         """
         stages = self._lock().get("stages", {})
-        made = _hashes_of_outputs(stages)
-        read = stages.get(stage, {}).get("deps", ())
-        return [dep["path"] for dep in read if made.get(dep["path"], dep["md5"]) != dep["md5"]]
+        now = Inputs(Path(self.root), stages)
+        return [dep["path"] for dep in stages.get(stage, {}).get("deps", ()) if now.has_changed(dep)]
 
     def made_stages(self) -> dict[str, str]:
-        """Data version of each stage that is up to date by dvc.lock alone, so without DVC and its own lock."""
+        """Data version of each stage whose inputs are as it read them, found without DVC and its own lock."""
         stages = self._lock().get("stages", {})
-        made = _hashes_of_outputs(stages)
+        now = Inputs(Path(self.root), stages)
         return {
             name: _data_version(entry)
             for name, entry in stages.items()
-            if all(made.get(dep["path"], dep["md5"]) == dep["md5"] for dep in entry.get("deps", ()))
+            if not any(now.has_changed(dep) for dep in entry.get("deps", ()))
         }
 
     @property
@@ -161,11 +166,26 @@ class DvcProject(dg.ConfigurableResource):
         return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.exists() else {}
 
 
+def _executor(context: Any) -> str:
+    job = context.op_execution_context.job_def if hasattr(context, "op_execution_context") else context.job_def
+    return job.executor_def.name
+
+
 def _run_worker(context: Any) -> int | None:
     """The run worker's process id, where this step has a process of its own; a killed worker cannot end that one."""
-    job = context.op_execution_context.job_def if hasattr(context, "op_execution_context") else context.job_def
-    own = job.executor_def.name == "multiprocess" and multiprocessing.parent_process() is not None
+    own = _executor(context) == "multiprocess" and multiprocessing.parent_process() is not None
     return os.getppid() if own else None
+
+
+def _is_cancelled(context: Any) -> bool:
+    """Whether the run was terminated; dagster-celery takes back only steps that no worker has begun."""
+    if _executor(context) != "celery":
+        return False
+    try:
+        run = context.instance.get_run_by_id(context.run.run_id)
+    except _errors_of_storage():
+        return False
+    return run is not None and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 def _observe(context: Any, session: dg.PipesSession | None, seen: int) -> int:
@@ -199,10 +219,6 @@ def _errors_of_storage() -> tuple[type[Exception], ...]:
     from dagster_postgres.utils import DagsterPostgresException
 
     return (SQLAlchemyError, DagsterPostgresException)
-
-
-def _hashes_of_outputs(stages: Mapping[str, Any]) -> dict[str, str]:
-    return {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", ())}
 
 
 def _data_version(locked: Mapping[str, Any]) -> str:

@@ -40,10 +40,12 @@ def held(done: str, *, lost: str, saw: str, rerun: str) -> None:
             stream.write(json.dumps({**asdict(Row(done, lost, saw, rerun)), "test": name}) + "\n")
 
 
-def write_table(rows: Path, document: Path) -> None:
-    """Turn the rows into the document."""
+def write_table(rows: Path, document: Path, *, keep: bool = False) -> None:
+    """Turn the rows into the document; with ``keep``, rows of tests that did not run now stay as they are."""
     found = [json.loads(line) for line in rows.read_text("utf-8").splitlines()]
-    unique = {row["done"]: row for row in found}
+    ran = {row["test"] for row in found}
+    before = [row for row in _rows_of(document) if row["test"] not in ran] if keep else []
+    unique = {row["done"]: row for row in (*before, *found)}
     lines = [
         f"| {row['done']} | {row['lost']} | {row['saw']} | {row['rerun']} | `{row['test']}` |"
         for row in sorted(unique.values(), key=lambda row: row["done"])
@@ -51,7 +53,14 @@ def write_table(rows: Path, document: Path) -> None:
     document.write_text(HEADER + "\n".join(lines) + "\n", "utf-8")
 
 
+def _rows_of(document: Path) -> list[dict[str, str]]:
+    names = ("done", "lost", "saw", "rerun", "test")
+    lines = document.read_text("utf-8").removeprefix(HEADER).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(names, row, strict=True)) | {"test": row[-1].strip("`")} for row in cells]
+
+
 if __name__ == "__main__":
     import sys
 
-    write_table(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_table(Path(sys.argv[1]), Path(sys.argv[2]), keep="--keep" in sys.argv)

@@ -1,6 +1,11 @@
 """What `dvc repro` made outside Dagster shows as fresh, each asset once, and stale where its inputs moved on."""
 
+import hashlib
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,3 +120,48 @@ def test_versions_are_those_that_a_run_gives(project: DvcProject) -> None:
         )
     )
     assert project.made_stages() == {"figures": "1" * 12}, "times in a report make nothing new"
+
+
+def test_a_leaderboard_that_reads_a_folder_of_outputs_is_stale_once_one_of_them_is_made_anew(
+    project: DvcProject, instance: dg.DagsterInstance
+) -> None:
+    pass_through_dvc(project)
+    lock = yaml.safe_load(project.lock_file.read_text())
+    folder = project.workspace.root / "scores"
+    shutil.rmtree(folder)
+    scores = folder / "a" / "slake" / "report.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text("1")
+    inside = hashlib.md5(b"1").hexdigest()
+    listed = json.dumps([{"md5": inside, "relpath": "a/slake/report.json"}], sort_keys=True)
+    lock["stages"]["score@a-slake"] = {"outs": [{"path": "workspace/scores/a/slake/report.json", "md5": inside}]}
+    lock["stages"]["leaderboard"]["deps"] = [
+        {"path": "workspace/scores", "md5": hashlib.md5(listed.encode()).hexdigest() + ".dir"}
+    ]
+    project.lock_file.write_text(yaml.safe_dump(lock))
+    assert "leaderboard" in project.made_stages() and project.changed_inputs("leaderboard") == []
+    scores.write_text("2")
+    assert "leaderboard" not in project.made_stages()
+    assert project.changed_inputs("leaderboard") == ["workspace/scores"]
+    assert "leaderboard" not in tick(project, instance)[0]
+
+
+def test_a_part_of_an_output_is_compared_as_dvc_hashes_it(tmp_path: Path) -> None:
+    """Against DVC itself: a recipe's file of one stage, and a folder of outputs."""
+    from projects import copy_project
+
+    folder = copy_project(tmp_path / "project")
+    (folder / "dvc.yaml").write_text(
+        "stages:\n"
+        "  recipe: {cmd: mkdir -p r/a && echo 1 > r/a/stage1.yaml && echo 1 > r/a/stage2.yaml, outs: [r/a]}\n"
+        "  other: {cmd: mkdir -p r/b && echo 1 > r/b/x, outs: [r/b/x]}\n"
+        "  one: {cmd: echo 1 > one, deps: [r/a/stage1.yaml], outs: [one]}\n"
+        "  all: {cmd: echo 1 > all, deps: [r, r/b], outs: [all]}\n"
+    )
+    command = [sys.executable, "-m", "dvc", "repro", "-q", "recipe", "other", "one", "all"]
+    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
+    project = DvcProject(root=str(folder), launcher=TrainingLauncher())
+    assert project.made_stages().keys() == {"recipe", "other", "one", "all"}
+    (folder / "r" / "a" / "stage1.yaml").write_text("2")
+    assert project.made_stages().keys() == {"recipe", "other"}
+    assert project.changed_inputs("all") == ["r"]
