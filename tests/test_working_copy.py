@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from buckets import KEYS, NAME, local_bucket
 from click.testing import CliRunner, Result
+from failures.reliability import held
 from PIL import Image
 
 from medvlm import s3
@@ -170,6 +171,12 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_version(
     WorkingCopy(other, address).pull()
     assert files_in(other) == {**NEW, "samples/part-00002.parquet": "new 2"}
     assert len(Bucket(address).list("files/")) == 3, "nothing of the old version, nor of the killed upload, is left"
+    held(
+        "kill -9 in the middle of an upload into the bucket",
+        lost="nothing: the dataset or checkpoint before stays what everybody reads",
+        saw="nothing of the half that had arrived",
+        rerun="sends what had not arrived, then both the new version is seen and the old one's files are gone",
+    )
 
 
 def test_a_kill_in_the_middle_of_a_pull_is_nobodys_work(
