@@ -248,6 +248,16 @@ class Lora(_Section):
 
     vision_tower: Adapter | None = None
     language_model: Adapter | None = None
+    quantisation: Literal["nf4"] | None = None
+    """QLoRA: the language model's own weights are held in 4 bits while its adapter learns. Needs bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Lora:
+        if self.quantisation and self.language_model is None:
+            raise ValueError(
+                f"quantisation {self.quantisation!r} needs lora.language_model: 4-bit weights do not learn"
+            )
+        return self
 
 
 class Rates(_Section):
@@ -391,10 +401,20 @@ class Stage(_Section):
             raise ValueError(f"self_question_ratio needs the template vicuna_v1_sq, {self.template} has no role for it")
         if self.word_start is not None and (self.data != "benchmarks" or "projector" not in self.trains):
             raise ValueError("word_start needs data 'benchmarks' and a projector that trains")
+        if self.quantisation and self.zero_stage == 3:
+            raise ValueError(
+                f"lora.quantisation {self.quantisation!r} and zero_stage 3 exclude each other, as 4-bit weights are "
+                "not split over processes: set zero_stage to 2"
+            )
         for part in ("vision_tower", "language_model"):
             if self.lora is not None and getattr(self.lora, part) is not None and part not in self.trains:
                 raise ValueError(f"lora.{part} is set, but trains does not name {part}")
         return self
+
+    @property
+    def quantisation(self) -> str | None:
+        """How the language model's own weights are held; None: as they are."""
+        return None if self.lora is None else self.lora.quantisation
 
     def rate(self, part: Part) -> float:
         """The published learning rate of a part."""

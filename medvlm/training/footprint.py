@@ -119,7 +119,9 @@ def _adapted(model: Any, recipe: Recipe, part: Part) -> list[Any]:
 
 def own_tuning(stage: Stage) -> Tuning:
     """How the recipe's stage trains the language model."""
-    return "lora" if "language_model" in stage.trains and stage.adapter("language_model") else "full"
+    if "language_model" not in stage.trains or stage.adapter("language_model") is None:
+        return "full"
+    return "qlora" if stage.quantisation else "lora"
 
 
 def adapter_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> dict[str, int]:

@@ -106,9 +106,15 @@ def parameter_groups(model: nn.Module, recipe: Recipe, stage: Stage) -> list[dic
     return groups
 
 
+def _size(parameter: Any) -> int:
+    """How many numbers a parameter stands for, also where ZeRO-3 has emptied it or 4 bits hold each of them."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """``parameters`` and ``parameters_trained``; with experts also ``parameters_active``: those that a token meets."""
-    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in model.named_parameters()}
+    sizes = {name: _size(parameter) for name, parameter in model.named_parameters()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # The marks' rows stand in the table too, where they go back to.
     total = sum(size for name, size in sizes.items() if not is_mark_rows(name))

@@ -172,7 +172,7 @@ def _planned(
         device=hardware.device,
         processes=hardware.count,
         micro_batch=micro_batch,
-        zero_stage=stage.zero_stage,
+        zero_stage=_zero_stage(stage.zero_stage, own),
         tuning=own,
         gradient_checkpointing=hardware.device.is_gpu
         if stage.gradient_checkpointing == "auto"
@@ -193,7 +193,7 @@ def _planned(
         trains=stage.trains,
         trained=trained_parameters(shape, stage, own),
         tuning=own,
-        zero_stage=stage.zero_stage,
+        zero_stage=setup.zero_stage,
         gradient_checkpointing=setup.gradient_checkpointing,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -232,10 +232,15 @@ def _choices(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, available
     tunings = _TUNINGS if "language_model" in stage.trains else ("full",)
     for tuning in tunings:
         for checkpointing in (False, True):
-            for zero in range(4):
+            for zero in range(_zero_stage(3, tuning) + 1):
                 other = dataclasses.replace(setup, tuning=tuning, gradient_checkpointing=checkpointing, zero_stage=zero)
                 gib = _gib(recipe, stage, shape, other)
                 yield Choice(zero, tuning, checkpointing, round(gib, 2), gib <= available)
+
+
+def _zero_stage(wanted: int, tuning: Tuning) -> int:
+    """4-bit weights are not split over processes, so ZeRO-3 is not for them."""
+    return min(wanted, 2) if tuning == "qlora" else wanted
 
 
 def _gib(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> float:
@@ -258,11 +263,18 @@ def _advice(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, available:
         undone = {"offload_optimizer": now.offload_optimizer}
         steps += [
             (f"LoRA (rank {LORA_RANK})", {"tuning": "lora", **undone}, now.tuning == "full"),
-            ("QLoRA (4-bit weights)", {"tuning": "qlora"}, now.tuning != "qlora"),
+            (
+                f"QLoRA (4-bit weights: --set {name}.lora.quantisation=nf4)",
+                {"tuning": "qlora"},
+                now.tuning != "qlora",
+            ),
         ]
     for words, change, useful in steps:
         if not useful or (words.startswith("--set") and "offload" in words and not now.device.is_gpu):
             continue
+        if change.get("tuning") == "qlora":
+            change = {**change, "zero_stage": _zero_stage(now.zero_stage, "qlora")}
+            words += f" and --set {name}.zero_stage=2" if now.zero_stage == 3 else ""
         now = dataclasses.replace(now, **change)
         if "zero_stage" in change:
             settings = [word for word in settings if "zero_stage" not in word]

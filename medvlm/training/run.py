@@ -23,6 +23,7 @@ from medvlm.recipe_schema import Recipe, Stage
 from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
 from medvlm.training.curve import write_curve
 from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepared_environment, quiet_libraries
+from medvlm.training.quantised import check_quantisation
 from medvlm.training.resume import Scratch
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
     started = time.monotonic()
     stage = recipe.stages[stage_number - 1]
     check_contract(workspace, stage, recipe.name)
+    check_quantisation(recipe, stage)
     engine = choose_engine(recipe, stage)
     jobs = [_job(workspace, recipe, stage_number, target, engine) for target in recipe.targets(stage_number)]
     if engine.rank == 0:
@@ -241,11 +243,14 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.training.lora import attach, detach, take_adapter
     from medvlm.training.marks import attach_marks, detach_marks, take_marks
     from medvlm.training.params import freeze, parameter_counts
+    from medvlm.training.quantised import pack, packed_for_adapters, unpack, with_packed_weights
 
     stage = job.stage
     samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
     start = _start(job, samples)
-    attach(start.model, job.recipe, stage)
+    pack(start.model, stage, job.engine)
+    with packed_for_adapters(start.model, stage):
+        attach(start.model, job.recipe, stage)
     attach_marks(start.model, start.tokenizer, job.recipe, stage)
     freeze(start.model, stage)
     if not stage.speed.loss_at_labels:
@@ -293,8 +298,9 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
             "curve": curve,
             **({"experts": experts} if experts else {}),
         }
-        weights, adapter = take_adapter(take_marks(start.model, state), stage)
+        weights, adapter = take_adapter(with_packed_weights(start.model, take_marks(start.model, state)), stage)
         detach(start.model)
+        unpack(start.model)
         detach_marks(start.model)
         save_checkpoint(job.folder, dataclasses.replace(start, metadata=metadata), state=weights, adapter=adapter)
         job.scratch.remove()
