@@ -231,14 +231,19 @@ class Results:
 
     def calibration(self, benchmark: str) -> dict[str, dict[str, Any]]:
         """How each recipe's last stage believes in its answers: recipe → ``n``, ``ece``, ``bins``, …; empty without."""
-        found: dict[str, dict[str, Any]] = {}
+        return {recipe: row for recipe, row in self._last_stages(benchmark, "calibration") if row.get("bins")}
+
+    def classifications(self, benchmark: str) -> dict[str, dict[str, Any]]:
+        """Recipe → ``Classification.as_json()`` of its last stage; empty where the benchmark is none."""
+        return dict(self._last_stages(benchmark, "classification"))
+
+    def _last_stages(self, benchmark: str, detail: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for recipe in names_in(self.workspace.scores("_", "_").parent.parent):
             report = read_report(self.workspace.scores(recipe, benchmark))
-            stages: dict[str, dict[str, Any] | None] = (report.details.get("calibration") or {}) if report else {}
+            stages: dict[str, dict[str, Any] | None] = (report.details.get(detail) or {}) if report else {}
             last = stages.get(str(report.details.get("stage"))) if report else None
-            if last and last.get("bins"):
-                found[recipe] = last
-        return found
+            if last:
+                yield recipe, last
 
     def score_history(self) -> pd.DataFrame:
         """Scores of a recipe over time: ``recipe``, ``benchmark``, ``when``, ``metric``, ``value``.

@@ -9,6 +9,7 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
+from dashboards.classification import show_classification
 from dashboards.frame import (
     choose_page,
     download_csv,
@@ -211,6 +212,19 @@ def _published(benchmark: str) -> None:
     )
 
 
+@st.cache_data(max_entries=8, show_spinner="Reading the classes …")
+def _classifications(at: str, root: str, benchmark: str) -> dict[str, dict[str, Any]]:
+    del at
+    return Results(Path(root)).classifications(benchmark)
+
+
+def _classes(benchmark: str) -> None:
+    """Of a benchmark that is a classification; nothing on any other's page."""
+    found = _classifications(stamp(), str(results().workspace.root), benchmark)
+    if found:
+        show_classification(found)
+
+
 @st.cache_data(max_entries=8, show_spinner="Reading the calibration …")
 def _calibrations(at: str, root: str, benchmark: str) -> dict[str, dict[str, Any]]:
     del at
@@ -330,6 +344,7 @@ def body() -> None:
     rules = _rules(part)
     table = score_board(part, rules)
     _leaderboard(table, str(benchmark))
+    _classes(str(benchmark))
     _slices(part, rules)
     _published(str(benchmark))
     _calibration(str(benchmark))

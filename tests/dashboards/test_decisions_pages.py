@@ -11,9 +11,11 @@ from streamlit.testing.v1 import AppTest
 from test_pages import DASHBOARDS, everything, open_page
 from workspace_builder import HOSTILE
 
+from dashboards.classification import confusion_table
 from medvlm.append_only import append_line
 from medvlm.approval import approval, approvals
 from medvlm.errors import WorkspaceError
+from medvlm.evaluation.classify import classification
 from medvlm.failures import record_failure
 from medvlm.store import Report, Workspace, read_json, write_json, write_report
 
@@ -160,6 +162,25 @@ def test_calibration_is_shown_where_it_was_measured(workspace: Workspace, monkey
     assert "Calibration" in [subheader.value for subheader in page.subheader]
     table = next(frame.value for frame in page.dataframe if "ece" in frame.value)
     assert table[["Model", "ece", "n"]].to_numpy().tolist() == [[RECIPE, 30.0, 12]]
+
+
+def test_a_classification_shows_its_confusion_matrix(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page("benchmarks", workspace.root, monkeypatch, benchmark="slake")
+    assert "Classes" not in [subheader.value for subheader in page.subheader]
+    values = classification(["liver", "liver", "lung"], ["liver", "the lung", "it is unclear"], ["liver", "lung"])
+    details = {"stage": "finetune", "classification": {"align": None, "finetune": values.as_json()}}
+    write_report(workspace.scores(RECIPE, "slake"), Report(step="score", details=details), started=0.0)
+    page = open_page("benchmarks", workspace.root, monkeypatch, benchmark="slake")
+    assert not page.exception
+    assert "Classes" in [subheader.value for subheader in page.subheader]
+    assert {metric.label: metric.value for metric in page.metric} == {
+        "Accuracy": "33.3", "Macro-F1": "33.3", "Images": "3", "Answers without a class": "1",
+    }  # fmt: skip
+    table = next(frame.value for frame in page.dataframe if "f1" in frame.value)
+    assert table["Class"].to_list() == ["liver", "lung"]
+    pairs = confusion_table(values.as_json())
+    wrong = pairs[(pairs["count"] > 0) & (pairs["true"] != pairs["answered"])]
+    assert wrong.to_numpy().tolist() == [["liver", "lung", 1, 0.5], ["lung", "no class", 1, 1.0]]
 
 
 def test_a_workspace_of_a_newer_version_is_one_readable_message(
