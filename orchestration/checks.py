@@ -1,6 +1,7 @@
-"""The checks: contracts, which block what is downstream; leakage, fallen scores, a poor router, unused experts."""
+"""The checks: contracts, which block what is downstream; freshness, leakage, fallen scores, router, unused experts."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -21,6 +22,9 @@ from orchestration.resources import DvcProject
 
 LEAST_BALANCE = 0.25
 """Below it the experts are so unevenly used that some hardly learn; 1 is an even share for each."""
+
+LICENCES_HOLD = timedelta(days=30)
+"""PMC's articles are retracted and relicensed now and then; older knowledge should not be trained on unseen."""
 
 LEAST_ROUTER_ACCURACY = 0.6
 """Share of held-out images that a router sends to the expert of their own modality. Med-MoE's has five of them, so
@@ -96,6 +100,21 @@ contract_checks = [
     _contract_check(benchmark_items, "benchmark-items"),
     preference_contract,
 ]
+
+
+@dg.asset_check(asset=figures, description="Licences and retractions were looked at in the last 30 days.")
+def licences_are_recent(project: DvcProject) -> dg.AssetCheckResult:
+    """Freshness that can be asked for at any time: a warning, an error after twice as long. A fetch or recheck renews it."""
+    report = read_report(project.workspace.figures)
+    if report is None:
+        return dg.AssetCheckResult(passed=False, description="nothing has been fetched yet")
+    age = datetime.now(UTC) - datetime.fromisoformat(report.created_at)
+    return dg.AssetCheckResult(
+        passed=age <= LICENCES_HOLD,
+        severity=dg.AssetCheckSeverity.ERROR if age > 2 * LICENCES_HOLD else dg.AssetCheckSeverity.WARN,
+        description=f"last looked at {age.days} days ago; run the job nightly" if age > LICENCES_HOLD else None,
+        metadata={"looked at": report.created_at, "days ago": age.days},
+    )
 
 
 @dg.asset_check(asset=leakage_report, description="No image of a test split is in what stages 1 and 2 learn on.")
@@ -178,4 +197,4 @@ def router_tells_apart(context: dg.AssetCheckExecutionContext, project: DvcProje
     )
 
 
-all_checks = [*contract_checks, no_leaked_images, scores_hold, experts_balance, router_tells_apart]
+all_checks = [*contract_checks, licences_are_recent, no_leaked_images, scores_hold, experts_balance, router_tells_apart]

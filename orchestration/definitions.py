@@ -14,6 +14,7 @@ from orchestration.executors import executor_of_environment
 from orchestration.jobs import all_jobs
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
+from orchestration.retention import clear_history, weekly_clearing
 from orchestration.schedules import nightly_recheck, weekly_retraining
 from orchestration.sensors import all_sensors
 
@@ -26,14 +27,21 @@ def _from_environment(name: str) -> Any:
     return dg.EnvVar(name) if os.environ.get(name) else ""
 
 
+def _labelled(spec: dg.AssetSpec) -> dg.AssetSpec:
+    """Every asset with the version of the code, what it costs, and what it may be used for."""
+    gpu = spec.group_name == "training" or spec.key == dg.AssetKey("benchmark_predictions")
+    tags = {**spec.tags, "compute": "gpu" if gpu else "cpu", "use": "research-only"}
+    return spec.replace_attributes(code_version=medvlm.__version__, tags=tags)
+
+
 defs = dg.Definitions(
     assets=dg.map_asset_specs(
-        lambda spec: spec.replace_attributes(code_version=medvlm.__version__),
+        _labelled,
         dg.load_assets_from_modules([ingest, datasets, training, benchmarks, release]),
     ),
     asset_checks=all_checks,
-    jobs=all_jobs,
-    schedules=[weekly_retraining, nightly_recheck],
+    jobs=[*all_jobs, clear_history],
+    schedules=[weekly_retraining, nightly_recheck, weekly_clearing],
     sensors=all_sensors,
     executor=executor_of_environment(),
     resources={

@@ -67,8 +67,10 @@ def review_decisions(context: dg.SensorEvaluationContext, project: DvcProject) -
     description="Tells the webhook or mail address of the environment that a run failed; silent where there is none.",
 )
 def failed_runs(context: dg.RunFailureSensorContext, alerts: Alerts) -> None:
-    """One message for each failed run, with its first words."""
+    """One message for each failed run, with its first words and the checks that failed in it."""
     words = (context.failure_event.message or "").strip()
+    if names := _failed_checks(context):
+        words += f"\nfailed {names}"
     alerts.send(f"medvlm: run {context.dagster_run.run_id[:8]} of {context.dagster_run.job_name} failed\n{words}")
 
 
@@ -80,14 +82,18 @@ def failed_runs(context: dg.RunFailureSensorContext, alerts: Alerts) -> None:
 )
 def failed_checks(context: dg.RunStatusSensorContext, alerts: Alerts) -> None:
     """One message for each run with failed checks, which are named."""
+    if names := _failed_checks(context):
+        run = context.dagster_run
+        alerts.send(f"medvlm: run {run.run_id[:8]} of {run.job_name}: failed {names}")
+
+
+def _failed_checks(context: dg.RunStatusSensorContext) -> str:
     records = context.instance.get_records_for_run(
         context.dagster_run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
     ).records
     events = [record.event_log_entry.get_dagster_event() for record in records]
     failed = [e.asset_check_evaluation_data for e in events if not e.asset_check_evaluation_data.passed]
-    if failed:
-        names = ", ".join(f"{check.check_name} of {check.asset_key.to_user_string()}" for check in failed)
-        alerts.send(f"medvlm: run {context.dagster_run.run_id[:8]} of {context.dagster_run.job_name}: failed {names}")
+    return ", ".join(f"{check.check_name} of {check.asset_key.to_user_string()}" for check in failed)
 
 
 @dg.sensor(

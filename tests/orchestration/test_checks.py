@@ -1,5 +1,6 @@
 """The checks beside the contracts: leakage, fallen scores, unused experts."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -7,9 +8,9 @@ import pytest
 
 from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
-from medvlm.store import Report, write_report
+from medvlm.store import Report, write_json, write_report
 from orchestration.assets.datasets import COMPARED
-from orchestration.checks import experts_balance, no_leaked_images, router_tells_apart, scores_hold
+from orchestration.checks import experts_balance, licences_are_recent, no_leaked_images, router_tells_apart, scores_hold
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject
 
@@ -88,3 +89,15 @@ def test_a_poor_router_is_a_warning_that_names_its_recipe(tmp_path: Path) -> Non
     assert found.description == "below 0.6: tiny-cliva-med-phi2"
     write_report(router, Report(step="train-router", metrics={"accuracy": 0.97}), started=0.0)
     assert run(router_tells_apart, project).passed
+
+
+@pytest.mark.parametrize(
+    ("days", "passed", "severity"), [(29, True, "WARN"), (31, False, "WARN"), (61, False, "ERROR")]
+)
+def test_licences_that_nobody_looked_at_for_long_are_said(
+    project: DvcProject, days: int, passed: bool, severity: str
+) -> None:
+    when = (datetime.now(UTC) - timedelta(days=days)).isoformat()
+    write_json(project.workspace.figures / "report.json", {"step": "fetch", "created_at": when})
+    told = run(licences_are_recent, project)
+    assert (told.passed, told.severity.value, told.metadata["days ago"].value) == (passed, severity, days)

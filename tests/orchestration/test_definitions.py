@@ -39,12 +39,15 @@ def test_the_lineage_runs_from_the_corpus_to_the_leaderboard(graph: object) -> N
     assert parents("promoted_model") == {"release_bundle"}
 
 
-def test_every_asset_has_a_description_a_group_an_owner_and_kinds(graph: object) -> None:
+def test_every_asset_has_a_description_a_group_an_owner_kinds_tags_and_a_code_version(graph: object) -> None:
     for node in graph.asset_nodes:  # type: ignore[attr-defined]
         assert node.description, node.key
         assert node.group_name in {"ingest", "datasets", "training", "benchmarks", "release"}, node.key
         assert node.owners, node.key
         assert node.kinds, node.key
+        assert node.tags["compute"] == ("gpu" if node.pools == {"gpu"} else "cpu"), node.key
+        assert node.tags["use"] == "research-only", node.key
+        assert node.code_version, node.key
 
 
 def test_each_contract_and_a_fallen_score_block(graph: object) -> None:
@@ -55,12 +58,13 @@ def test_each_contract_and_a_fallen_score_block(graph: object) -> None:
         "instruct_contract",
         "benchmark_items_contract",
         "preference_contract",
+        "licences_are_recent",
         "no_leaked_images",
         "scores_hold",
         "experts_balance",
         "router_tells_apart",
     }
-    only_tell = {"no_leaked_images", "experts_balance", "router_tells_apart"}
+    only_tell = {"licences_are_recent", "no_leaked_images", "experts_balance", "router_tells_apart"}
     assert {name for name, spec in checks.items() if not spec.blocking} == only_tell
 
 

@@ -106,15 +106,18 @@ def webhook() -> Iterator[tuple[str, list[str]]]:
 def test_a_failed_run_tells_the_webhook(webhook: tuple[str, list[str]], instance: dg.DagsterInstance) -> None:
     address, told = webhook
 
-    @dg.op
-    def breaks() -> None:
-        raise dg.Failure("the disk is full")
+    @dg.asset
+    def table() -> None: ...
 
-    @dg.job
-    def broken() -> None:
-        breaks()
+    @dg.asset_check(asset=table, blocking=True)
+    def is_long() -> dg.AssetCheckResult:
+        return dg.AssetCheckResult(passed=False)
 
-    result = broken.execute_in_process(instance=instance, raise_on_error=False)
+    @dg.asset(deps=[table])
+    def next_one() -> None: ...
+
+    result = dg.materialize([table, is_long, next_one], instance=instance, raise_on_error=False)
+    assert not result.success
     context = dg.build_run_status_sensor_context(
         sensor_name="failed_runs",
         dagster_event=result.get_run_failure_event(),
@@ -124,7 +127,7 @@ def test_a_failed_run_tells_the_webhook(webhook: tuple[str, list[str]], instance
     ).for_run_failure()
     failed_runs(context)
     (text,) = told
-    assert "of broken failed" in text
+    assert "failed\n" in text and text.endswith("failed is_long of table")
 
 
 def test_a_failed_check_in_a_run_that_went_on_is_told_by_name(
