@@ -101,3 +101,5 @@ def test_licences_that_nobody_looked_at_for_long_are_said(
     write_json(project.workspace.figures / "report.json", {"step": "fetch", "created_at": when})
     told = run(licences_are_recent, project)
     assert (told.passed, told.severity.value, told.metadata["days ago"].value) == (passed, severity, days)
+    write_report(project.workspace.figures / "recheck", Report(step="recheck"), started=0.0)
+    assert run(licences_are_recent, project).passed, "a recheck renews them"
