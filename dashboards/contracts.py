@@ -68,7 +68,9 @@ def _contract(contract: ContractResult) -> None:
 
 
 # Written by another program around foreign values: in the page that shows it no script runs and nothing is fetched.
-_NO_SCRIPTS = b"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+# Its links to other pages lead nowhere from there: the page is chosen above it.
+_NO_SCRIPTS = b"""<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>a:not([href^="#"]) { pointer-events: none; color: inherit !important; text-decoration: none; }</style>"""
 
 
 def sealed(page: bytes) -> str:
@@ -98,7 +100,8 @@ def _docs(contract: ContractResult, first: Path) -> None:
             help="Great Expectations' pages of this contract as a file; open index.html",
         )
         shown = st.toggle("Show them here", key=f"show-docs-{contract.name}")
-        st.text(str(first))
+        root = results().workspace.root.resolve()
+        st.text(str(first.relative_to(root.parent)))
     if shown:
         pages = {page.stem: page for page in [first, *sorted(first.parent.glob("expectations-*.html"))]}
         names = {name: tidy(name).replace("index", "All checks").replace("expectations-", "") for name in pages}

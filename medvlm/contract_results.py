@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from medvlm.errors import WorkspaceError
-from medvlm.store import Workspace, read_json
+from medvlm.store import Workspace, read_json, read_report
 
 __all__ = ["Check", "ContractResult", "contract_results"]
 
@@ -86,9 +87,17 @@ def _result(root: Path, path: Path) -> ContractResult:
         rows=rows,
         checks=checks,
         quarantined=pq.read_metadata(quarantine).num_rows if quarantine.exists() else 0,
-        checked_at=path.stat().st_mtime,
+        checked_at=_checked_at(path),
         docs=_inside(path.parent, str(result.get("docs") or "docs/index.html")),
     )
+
+
+def _checked_at(path: Path) -> float:
+    """When a result was found: as its report says, since a file that was copied or pulled is newer than its check."""
+    report = read_report(path.parent)
+    if report is None or not report.created_at:
+        return path.stat().st_mtime
+    return datetime.fromisoformat(report.created_at).timestamp()
 
 
 def _inside(folder: Path, name: str) -> Path | None:

@@ -192,6 +192,16 @@ def test_answers_are_the_last_stages_with_the_image_and_disagreements_compare_th
     assert results.disagreements(source, "one", "two") == ["q0"]
 
 
+def test_a_contract_was_checked_when_its_report_says_however_new_the_file_is(tmp_path: Path) -> None:
+    folder = Workspace(tmp_path).contract("figures")
+    write_json(folder / "result.json", {"contract": "figures", "success": True, "rows": 1, "checks": []})
+    (bare,) = Results(tmp_path).contracts()
+    assert bare.checked_at == (folder / "result.json").stat().st_mtime
+    write_json(folder / "report.json", {"step": "contract", "created_at": "2026-01-02T03:04:05+00:00"})
+    (one,) = Results(tmp_path).contracts()
+    assert one.checked_at == pd.Timestamp("2026-01-02T03:04:05Z").timestamp()
+
+
 def test_flagged_rows_are_those_in_quarantine_each_once(workspace: Workspace) -> None:
     results = Results(workspace.root)
     source = results.source("instruct")
