@@ -22,6 +22,8 @@ CELERY_BROKER = "MEDVLM_CELERY_BROKER"
 """Where Celery's workers wait, such as ``redis://queue.example:6379/0``; results come back the same way."""
 RAY_ADDRESS = "RAY_ADDRESS"
 """Of the cluster's job server, such as ``http://head.example:8265``."""
+RAY_PASSED_ON = ("DAGSTER_HOME", "MEDVLM_PROJECT", "MEDVLM_WORKSPACE", "MEDVLM_WORKSPACE_CACHE", VARIABLE, RAY_ADDRESS)
+"""What a step's Ray job is told. Ray shows that to everybody, so secrets must be in the cluster's own environment."""
 
 
 def executor_of_environment() -> Any:
@@ -54,4 +56,5 @@ def executor_of_environment() -> Any:
     if name == "celery":
         # By its name only: an address may hold a password, and configurations are shown.
         return executor.configured({"broker": {"env": variable}, "backend": {"env": variable}}, name="celery")
-    return executor.configured({"ray": {"address": os.environ[variable]}}, name="ray")
+    passed_on = [name for name in RAY_PASSED_ON if os.environ.get(name)]
+    return executor.configured({"ray": {"address": os.environ[variable], "env_vars": passed_on}}, name="ray")
