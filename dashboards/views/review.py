@@ -319,7 +319,13 @@ def _buttons(who: str, source: Source, record_id: str, before: tuple[str, ...]) 
     args = (who, source.name, record_id)
     first[0].button("Accept", shortcut="a", type="primary", args=(*args, "accept", before), **common)
     first[1].button("Edit", shortcut="e", on_click=edit, args=(record_id,), disabled=off, width="stretch")
-    first[2].button("Flag privacy", shortcut="p", args=(*args, "flag_privacy", before), **common)
+    first[2].button(
+        "Flag privacy",
+        shortcut="p",
+        args=(*args, "flag_privacy", before),
+        help="The picture may name somebody: it stays out of every dataset until this is taken back",
+        **common,
+    )
     first[3].button("Skip", shortcut="s", on_click=skip, args=(source.name, record_id), width="stretch")
     first[4].button(
         "Undo",

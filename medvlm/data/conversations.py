@@ -277,8 +277,23 @@ def _id_of(row: Sample | PreferencePair) -> str:
 
 
 def decisions(workspace: Workspace, table: str) -> dict[str, Verdict]:
-    """What reviewers said about the records of a table, such as ``figures`` or ``alignment``."""
-    return verdicts(Journal(workspace).read(), table)
+    """What reviewers said about the records of a table, such as ``figures`` or ``alignment``.
+
+    A picture that may name somebody is out wherever it is used: to flag one text about it flags its figure.
+    """
+    heard = Journal(workspace).read()
+    found = verdicts(heard, table)
+    if table == "figures":
+        texts = {d.source for d in heard if not d.source.startswith("benchmark/")} - {"figures"}
+        for other in texts:
+            private = (record_id for record_id, verdict in verdicts(heard, other).items() if verdict.privacy)
+            found |= {_figure_of(record_id): Verdict(False, True, (), ()) for record_id in private}
+    return found
+
+
+def _figure_of(record_id: str) -> str:
+    """The figure that a sample or a pair is named after: ``10_F1#2``, ``10_F1-q1`` → ``10_F1``."""
+    return re.sub(r"(#\d+)?(-q\d+)?$", "", record_id)
 
 
 def _counted(name: str, rows: Iterable[Sample | Dropped], tally: Tally) -> Iterator[Sample]:

@@ -173,6 +173,25 @@ def test_reviewers_take_figures_and_samples_out_and_edit_them(tmp_path: Path) ->
     }
 
 
+def test_a_picture_flagged_with_one_text_is_out_of_every_dataset_until_that_is_taken_back(tmp_path: Path) -> None:
+    workspace = workspace_with(tmp_path, *(figure(number) for number in range(5)))
+    build_alignment(workspace)
+    everything = {sample.sample_id for sample in samples(workspace, "alignment")}
+    journal = Journal(workspace)
+    journal.decide("ann", "instruct", "10_F1#2", "flag_privacy")
+    journal.decide("ann", "preference/tiny", "10_F2-q1", "flag_privacy")
+    journal.decide("ann", "instruct", "10_F3", "reject", reason="only this text is wrong")
+    journal.decide("ann", "benchmark/slake", "10_F4", "flag_privacy")
+    report = build_alignment(workspace)
+    assert {sample.sample_id for sample in samples(workspace, "alignment")} == everything - {"10_F1", "10_F2"}
+    assert report.details["dropped"]["review_privacy"]["count"] == 2
+    journal.undo("ann")  # the benchmark's
+    journal.undo("ann")  # the rejection
+    journal.undo("ann")
+    build_alignment(workspace)
+    assert {sample.sample_id for sample in samples(workspace, "alignment")} == everything - {"10_F1"}
+
+
 def test_images_that_a_benchmark_tests_with_are_dropped_unless_kept(tmp_path: Path) -> None:
     workspace = workspace_with(tmp_path, figure(1), figure(2))
     release = tmp_path / "release"
