@@ -10,7 +10,7 @@ import pytest
 from medvlm.pipeline import with_items
 from medvlm.settings import Settings, write_settings
 from orchestration.launchers import TrainingLauncher
-from orchestration.resources import DvcProject, StageRun, _observe
+from orchestration.resources import DvcProject, StageRun, _is_cancelled, _observe
 
 DVC_YAML = """
 stages:
@@ -112,3 +112,18 @@ def test_a_database_that_is_away_ends_no_job_and_gets_its_progress_later(capsys:
     assert "the job goes on" in capsys.readouterr().err
     assert _observe(context, session, seen) == 3  # type: ignore[arg-type]
     assert told == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("executor", "ended"), [("celery", True), ("multiprocess", False)])
+def test_a_step_on_a_celery_worker_asks_whether_its_run_was_terminated(executor: str, ended: bool) -> None:
+    @dg.job
+    def nothing() -> None: ...
+
+    with dg.instance_for_test() as instance:
+        run = instance.create_run_for_job(nothing)
+        definition = SimpleNamespace(executor_def=SimpleNamespace(name=executor))
+        context = SimpleNamespace(job_def=definition, instance=instance, run=run)
+        assert not _is_cancelled(context)
+        instance.report_run_canceling(run)
+        # Elsewhere Dagster itself ends the step's process, pod or job.
+        assert _is_cancelled(context) is ended
