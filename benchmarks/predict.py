@@ -184,17 +184,19 @@ def sum_up(folder: Path) -> None:
         )
         print("| seconds | ours, answers/s | the loop, answers/s | ours / loop | median of parts | least | greatest |")
         print("|---|---|---|---|---|---|---|")
+        gains: list[float] = []
         for unit, by in (("s", "by the clock"), ("cpu_s", "of the processor")):
             ratios = sorted(rate(row, "ours", unit) / rate(row, "theirs", unit) for row in loop)
             median = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
             mine, theirs = (
                 sum(1 / rate(row, way, unit) * len(row["loop"]) for row in loop) for way in ("ours", "theirs")
             )
-            best = max(best, theirs / mine)
+            gains.append(theirs / mine)
             print(
                 f"| {by} | {len(asked) / mine:.2f} | {len(asked) / theirs:.2f} | {theirs / mine:.1f} "
                 f"| {median:.1f} | {ratios[0]:.1f} | {ratios[-1]:.1f} |"
             )
+        best = max(best, min(gains))  # on a machine that others use the clock alone may favour either
         for row in (row for row in ours if "loop" not in row):
             print(f"\nAll {len(row['answers'])} at once: {rate(row, 'ours', 'cpu_s'):.2f} answers/s of the processor")
     print(f"\nTarget {TARGET:g} times with identical answers: {'met' if best >= TARGET and same else 'MISSED'}")
