@@ -17,6 +17,7 @@ from medvlm.evaluation.answerer import Answerer
 from medvlm.evaluation.decode import GreedyDecoder, common_prefix
 from medvlm.evaluation.prompts import PromptStyle, prompt_orders, prompt_style
 from medvlm.models.checkpoint import Checkpoint
+from medvlm.models.packed import PackedLinears
 from medvlm.records import Turn, VQAItem
 from medvlm.training.collate import ConversationEncoder
 
@@ -61,6 +62,19 @@ def test_every_twin_answers_in_a_batch_as_alone(name: str) -> None:
     answers = {p.item_id: p.text for batch in subject.batches(ITEMS) for p in subject.answer(batch)}
     assert answers == {item.item_id: generated(checkpoint, style, item) for item in ITEMS}
     assert len(set(answers.values())) > 3
+
+
+@pytest.mark.parametrize("name", ["tiny-llava-med", "tiny-cliva-med-phi2"])
+def test_laid_out_weights_of_every_size_change_no_token(name: str) -> None:
+    checkpoint = tiny_checkpoint(name)
+    style = prompt_style("vqa-rad", order="image_first" if checkpoint.recipe.model.image_first else None)
+    subject = Answerer(checkpoint, checkpoint.recipe.stages[2].name, style=style)
+    decoder: Any = subject._decoder
+    decoder._linears = PackedLinears(smallest=1)
+    answers = {p.item_id: p.text for batch in subject.batches(ITEMS) for p in subject.answer(batch)}
+    assert answers == {item.item_id: generated(checkpoint, style, item) for item in ITEMS}
+    layers: int = checkpoint.recipe.model.language_model.layers
+    assert len(decoder._linears._packed) >= 5 * layers, "attention and feed-forward of each layer"
 
 
 def test_a_sequence_that_has_ended_leaves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
