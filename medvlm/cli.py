@@ -86,8 +86,12 @@ class LazyGroup(click.Group):
             return self._noted(ctx)
 
     def _noted(self, ctx: click.Context) -> Any:
+        from medvlm.failures import underway
+
+        root = Path(ctx.params["workspace"])
         try:
-            return super().invoke(ctx)
+            with underway(root, () if "--help" in ctx.meta["command"] else ctx.meta["command"]):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:

@@ -1,10 +1,12 @@
-"""Steps that ended with an error, so that a page can say so: one small file each in the workspace's scratch."""
+"""Steps that ended with an error or were killed, so that a page can say so: small files in the workspace's scratch."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from medvlm.errors import MedVLMError
 from medvlm.store import Workspace, read_json, write_json
 
-__all__ = ["CONTRACT", "Failure", "failures", "record_failure"]
+__all__ = ["CONTRACT", "Failure", "failures", "record_failure", "underway"]
 
 CONTRACT = "contract"
 STEPS = ("corpus", "fetch", "dataset", "leakage", "train", "train-router", "predict", "score", "leaderboard", CONTRACT)
@@ -51,15 +53,59 @@ def record_failure(root: Path, command: Sequence[str], error: Exception) -> None
     if isinstance(error, MedVLMError):
         told = (error.what, error.where, error.hint)
     failure = Failure(tuple(command), datetime.now(UTC).isoformat(timespec="seconds"), *told)
-    name = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
     # The disk may be full, which is why the step failed.
     with contextlib.suppress(MedVLMError, OSError):
-        write_json(Workspace(root).scratch("failed", f"{name}.json"), asdict(failure))
+        write_json(Workspace(root).scratch("failed", _name(command)), asdict(failure))
+
+
+def _name(command: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(command).encode()).hexdigest()[:16] + ".json"
+
+
+@contextlib.contextmanager
+def underway(root: Path, command: Sequence[str]) -> Generator[None]:
+    """Leave a note while a step runs, held by a lock that the kernel opens when the process dies; never fails itself.
+
+    A note without its lock is a step that was killed: it had no time for a word of its own.
+
+    Args:
+        root: The workspace. Nothing is written where there is none yet.
+        command: The verb and its arguments.
+    """
+    if not command or command[0] not in STEPS or not root.is_dir():
+        yield
+        return
+    path = Workspace(root).scratch("underway", _name(command))
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            note = held.enter_context(path.open("a", encoding="utf-8"))
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            note.truncate(0)  # of one that was killed
+            json.dump({"command": list(command), "when": datetime.now(UTC).isoformat(timespec="seconds")}, note)
+            note.flush()
+            held.callback(path.unlink, missing_ok=True)
+        yield
+
+
+def _killed(workspace: Workspace) -> list[Failure]:
+    found: list[Failure] = []
+    for path in workspace.scratch("underway").glob("*.json"):
+        with contextlib.suppress(MedVLMError, OSError, TypeError, KeyError), path.open(encoding="utf-8") as note:
+            fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            row: dict[str, Any] = read_json(path)
+            told = "the step ended without a word: it was killed, by a person, for want of memory or with its machine"
+            hint = "run the same command again; what was saved is kept, and a training goes on from it"
+            found.append(Failure(tuple(row["command"]), str(row["when"]), told, str(path), hint))
+    return found
 
 
 def failures(workspace: Workspace) -> list[Failure]:
-    """The last failure of every command that ever failed, the newest last; files of other versions are left out."""
-    found: list[Failure] = []
+    """The last failure of every command that ever failed, the newest last; files of other versions are left out.
+
+    A step that was killed is one too; a running step holds its note's lock and is none.
+    """
+    found = _killed(workspace)
     for path in workspace.scratch("failed").glob("*.json"):
         with contextlib.suppress(MedVLMError, TypeError, KeyError):
             row: dict[str, Any] = read_json(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +26,7 @@ from medvlm.records import (
     VQAItem,
     to_row,
 )
-from medvlm.results import Results, score_board
+from medvlm.results import Results, Step, score_board
 from medvlm.store import Report, Workspace, write_json, write_records, write_report
 
 
@@ -287,6 +289,37 @@ def test_a_step_that_failed_says_why_until_it_has_a_result(tmp_path: Path) -> No
     write_step(workspace.stage("tiny", 1), "2999-01-01T00:00:00+00:00")
     assert results.recipe_steps("tiny")[0].state == "done"
     assert len(list(workspace.scratch("failed").iterdir())) == 3
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from medvlm.failures import underway
+with underway(Path(sys.argv[1]), ["train", "--recipe", "tiny", "--stage", "1"]):
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_step_that_was_killed_says_so_and_one_that_runs_does_not(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+
+    def stage() -> Step:
+        return results.recipe_steps("tiny")[0]
+
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline() == "begun\n"
+        assert stage().state == "missing"
+        while_it_ran = results.stamp()
+        running.kill()
+    assert stage().state == "failed"
+    assert stage().failure is not None and "ended without a word" in stage().failure.what
+    assert results.stamp() != while_it_ran, "pages are drawn anew"
+
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert done.stdout == "begun\n"
+    assert stage().state == "missing", "the same command came to its end"
 
 
 def test_a_router_and_preferences_stand_before_the_last_stage_where_there_are_any(tmp_path: Path) -> None:
