@@ -60,15 +60,15 @@ STEP_FILES: dict[str, StepFiles] = {
     "delta": StepFiles(),
     "import-checkpoint": StepFiles(writes=("checkpoints/{recipe}/stage{stage}",)),
     "train-router": StepFiles(("checkpoints/{recipe}/stage2", "datasets/instruct", *_RECIPE), ("routers/{recipe}",)),
-    "export": StepFiles(("checkpoints/*",)),
+    "export": StepFiles(("checkpoints/{checkpoint}",)),
     "predict": StepFiles(("checkpoints/{recipe}", "benchmarks/{benchmark}"), ("predictions/*/{benchmark}",)),
     "score": StepFiles(("predictions/*/{benchmark}", "benchmarks/{benchmark}", "leakage"), ("scores/*/{benchmark}",)),
     "compare": StepFiles(("predictions/*/{benchmark}", "benchmarks/{benchmark}")),
     "chat-eval": StepFiles(),
     "export-benchmark": StepFiles(("benchmarks/*",)),
     "leaderboard": StepFiles(("scores/*", "predictions/*"), ("leaderboard",)),
-    "chat": StepFiles(("checkpoints/*",)),
-    "serve": StepFiles(("checkpoints/*",)),
+    "chat": StepFiles(("checkpoints/{checkpoint}",)),
+    "serve": StepFiles(("checkpoints/{checkpoint}",)),
     "release": StepFiles(
         (
             "checkpoints/{recipe}", "scores/*", "predictions/*", "leakage", "figures", "datasets/*", "benchmarks/*",
@@ -99,6 +99,9 @@ def files_of_step(command: Sequence[str]) -> StepFiles:
         )
     except MedVLMError:
         words["stage"] = "*"  # the verb itself says what is wrong
+    # The verbs that are given a folder: the recipe that it is of.
+    given = [word.partition("checkpoints/")[2] for word in command if "checkpoints/" in word]
+    words["checkpoint"] = given[0].split("/")[0] if given else ""
     words["name"] = rest[1] if len(rest) > 1 else ""
     longer = f"{verb} {words['stage'] if verb == 'train' else next(iter(rest), '')}"
     found = STEP_FILES.get(longer) or STEP_FILES[verb]

@@ -90,6 +90,7 @@ def test_every_verb_says_what_it_reads_and_writes() -> None:
     assert "datasets/alignment" in first.reads and "datasets/instruct" not in first.reads
     assert "checkpoints/tiny-llava-med/stage1" in first.writes
     assert files_of_step(["dataset", "build", "--seed=1", "instruct"]).writes[0] == "datasets/instruct"
+    assert files_of_step(["serve", "--checkpoint", "/c/checkpoints/tiny/stage3/x"]).reads[0] == "checkpoints/tiny"
     assert files_of_step(["score", "--benchmark=slake"]).writes[0] == "scores/*/slake"
 
 
