@@ -123,6 +123,9 @@ def decide(who: str, source: str, record_id: str, action: Action, before: Sequen
         if action == "edit":
             after = tuple(str(st.session_state[f"edit-{record_id}-{n}"]) for n in range(len(before)))
             _check_marks(before, after)
+            if source.startswith("preference/") and after[1].strip().lower() == after[2].strip().lower():
+                same = "both answers of the pair would be the same"
+                raise InputError(same, where="the text above", hint="reject the pair instead")
         results().journal.decide(who, source, record_id, action, reason=words, before=before, after=after)
     except MedVLMError as error:
         st.session_state["refused"] = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from medvlm.data.benchmarks import build_benchmark
 from medvlm.errors import WorkspaceError
 from medvlm.failures import record_failure
 from medvlm.results import Results
-from medvlm.store import Workspace
+from medvlm.store import Workspace, read_json, write_json
 
 DASHBOARDS = Path(__file__).resolve().parents[2] / "dashboards"
 PAGES = sorted(path.stem for path in (DASHBOARDS / "views").glob("*.py"))
@@ -172,6 +173,34 @@ def test_leakage_shows_pairs_side_by_side_by_the_way_they_are_alike(
     said = "\n".join(caption.value.replace("\\", "") for caption in page.caption)
     assert "test: slake slake-2" in said
     assert "instruct: instruct-0002 · 2 bits apart" in said
+
+
+def test_leakage_opens_on_a_way_that_touches_something(
+    built_workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built_workspace, tmp_path / "copy")
+    report = Workspace(tmp_path / "copy").leakage / "report.json"
+    assert (
+        open_page("data", tmp_path / "copy", monkeypatch, section="Leakage").segmented_control(key="way").value
+        == "bytes"
+    )
+    values = read_json(report)
+    values["details"]["comparisons"][0]["ways"]["bytes"] = {"images": 0, "items": 0}
+    write_json(report, values)
+    page = open_page("data", tmp_path / "copy", monkeypatch, section="Leakage")
+    assert page.segmented_control(key="way").value == "phash"
+    assert page.segmented_control(key="way").options[0] == "the same image (0)"
+
+
+def test_whole_tables_can_be_taken_along_as_csv(built_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def buttons(name: str, **state: object) -> list[str]:
+        page = open_page(name, built_workspace, monkeypatch, **state)
+        return [button.proto.label for button in page.get("download_button")]
+
+    assert buttons("data", section="Fetch") == ["Download as CSV"]
+    assert buttons("data", section="Contracts") == ["Download the quarantine as CSV"]
+    assert buttons("data", section="Leakage") == ["Download as CSV"]
+    assert buttons("benchmarks") == ["Download as CSV", "Download the wrong answers as CSV"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_pages import everything, open_page
 from workspace_builder import HOSTILE
 
 from medvlm.data.privacy import PrivacyFlag
-from medvlm.records import Figure, Sample
+from medvlm.records import Figure, PreferencePair, Sample
 from medvlm.results import Results
 from medvlm.review import Journal, obey, texts_of, verdicts
 from medvlm.store import Workspace, read_records, write_records
@@ -113,6 +113,23 @@ def test_an_edit_that_breaks_the_sample_is_refused_and_nothing_is_saved(review: 
     press(page, "Edit")
     press(page, "Save and accept")
     assert "changes nothing" in page.error[0].value
+
+
+def test_a_preference_pair_is_reviewed_and_keeps_two_different_answers(review: Opened, workspace: Workspace) -> None:
+    sample = read_records(workspace.samples("instruct"), Sample)[3]
+    same = (sample.image, sample.image_sha256, sample.image_phash, sample.group_id)
+    pair = PreferencePair("instruct-0003-q1", *same, "Where?", "Left.", "Right.", "judge:overlap-offline")
+    write_records(workspace.preference_pairs("tiny"), PreferencePair, [pair])
+    page = review(**{"review-table": "preference/tiny"})
+    assert [text.value for text in page.text][:3] == ["Where?", "Left.", "Right."]
+    press(page, "Edit")
+    page.text_area(key="edit-instruct-0003-q1-1").set_value("right. ")
+    press(page, "Save and accept")
+    assert "both answers of the pair would be the same" in page.error[0].value
+    page.text_area(key="edit-instruct-0003-q1-1").set_value("On the left.")
+    press(page, "Save and accept")
+    (decision,) = Journal(workspace).read()
+    assert (decision.source, decision.after) == ("preference/tiny", ("Where?", "On the left.", "Right."))
 
 
 def test_undo_brings_the_record_back_and_skip_leaves_it_for_later(review: Opened, workspace: Workspace) -> None:
