@@ -55,11 +55,19 @@ def show_classification(found: Mapping[str, Mapping[str, Any]]) -> None:
         y=alt.Y("true:N", sort=labels, title="true"),
         tooltip=["true:N", "answered:N", alt.Tooltip("count:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
     )
-    colour = alt.Color("share:Q", scale=alt.Scale(domain=[0, 1], range=["#ffffff", "#0f766e"]), legend=None)
+    # Between white and green; the default way from one to the other leads over cyan.
+    shades = alt.Scale(domain=[0, 1], range=["#ffffff", "#0f766e"], interpolate="rgb")
+    colour = alt.Color("share:Q", scale=shades, legend=None)
     dark = alt.when(alt.datum.share > 0.5).then(alt.value("white")).otherwise(alt.value("#1f2937"))
     numbers = base.transform_filter("datum.count > 0").mark_text().encode(text="count:Q", color=dark)
     chart = base.mark_rect().encode(color=colour) + numbers
     left.altair_chart(chart.properties(height=80 + 28 * len(labels)), alt=f"Confusion matrix of {recipe}")
     table = [{"Class": label, **values["by_label"][label]} for label in labels]
     shares = {name: st.column_config.NumberColumn(name, format="%.1f") for name in ("precision", "recall", "f1")}
-    right.dataframe(pd.DataFrame(table), hide_index=True, column_config=shares)
+    right.dataframe(
+        pd.DataFrame(table),
+        hide_index=True,
+        height="content",
+        column_order=["Class", *shares, "support"],
+        column_config=shares | {"support": st.column_config.NumberColumn("images")},
+    )
