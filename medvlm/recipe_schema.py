@@ -371,6 +371,9 @@ class Stage(_Section):
     zero_stage: Annotated[int, Field(ge=0, le=3), SIZE]
     """How far DeepSpeed splits optimiser state (1), gradients (2) and weights (3) over processes. A size: it
     decides how much each process holds, and a test holds that the losses are the same."""
+    expert_parallel: Size = 1
+    """Processes that share the experts, each holding a part of them; see ``medvlm.training.spread``. 1: each holds all,
+    and so does a job of one process. A size: the losses are the same."""
     offload_optimizer: bool
     gradient_checkpointing: Literal["auto", "on", "off"]
     """``auto``: on where a GPU's memory is what is scarce, off on the CPU."""
@@ -401,6 +404,8 @@ class Stage(_Section):
             raise ValueError(f"self_question_ratio needs the template vicuna_v1_sq, {self.template} has no role for it")
         if self.word_start is not None and (self.data != "benchmarks" or "projector" not in self.trains):
             raise ValueError("word_start needs data 'benchmarks' and a projector that trains")
+        if self.expert_parallel > 1 and (self.name != "moe_tune" or self.zero_stage not in (1, 2)):
+            raise ValueError("expert_parallel above 1 is for the stage moe_tune, and for zero_stage 1 or 2")
         if self.quantisation and self.zero_stage == 3:
             raise ValueError(
                 f"lora.quantisation {self.quantisation!r} and zero_stage 3 exclude each other, as 4-bit weights are "
@@ -487,10 +492,21 @@ class Recipe(_Section):
                 )
         for stage in self.stages:
             self._check_marks(stage)
+            self._check_experts(stage)
         for stage in self.stages[:-1]:
             if stage.targets == "each":
                 raise ValueError(f"stages.{stage.name}.targets 'each' is for the last stage only")
         return self
+
+    def _check_experts(self, stage: Stage) -> None:
+        moe = self.model.moe
+        if stage.expert_parallel == 1 or moe is None:
+            return
+        field = f"stages.{stage.name}.expert_parallel"
+        if moe.experts % stage.expert_parallel:
+            raise ValueError(f"{field} {stage.expert_parallel} does not divide model.moe.experts {moe.experts}")
+        if moe.capacity is not None:
+            raise ValueError(f"{field} is above 1, and model.moe.capacity is set: other tokens would be dropped")
 
     def _check_marks(self, stage: Stage) -> None:
         marks = "image_marks" in stage.trains and self.model.mm_use_im_start_end

@@ -18,9 +18,11 @@ from torch import nn
 from medvlm.models.moe import FrozenRouter, MoELayer, route
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-__all__ = ["ParallelMoELayer", "spread_experts"]
+__all__ = ["ParallelMoELayer", "gather_experts", "spread_experts"]
 
 
 class _Gate(nn.Module):
@@ -65,6 +67,8 @@ class ParallelMoELayer(nn.Module):
         ValueError: It does not, or the mixture drops tokens.
     """
 
+    is_mixture = True
+
     def __init__(self, layer: MoELayer, size: int) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -85,10 +89,15 @@ class ParallelMoELayer(nn.Module):
         self.spread.deepspeed_moe.gate = gate
         self.spread.set_deepspeed_parallelism()
         self._gate = [gate]  # in a list: it is a part of the exchange already
-        own = experts // size
-        first = own * dist.get_rank(self.spread.deepspeed_moe.ep_group)
-        for index, expert in enumerate(self.spread.deepspeed_moe.experts.deepspeed_experts):
+        self.group: Any = self.spread.deepspeed_moe.ep_group
+        first = len(self.own_experts) * dist.get_rank(self.group)
+        for index, expert in enumerate(self.own_experts):
             expert.load_state_dict(layer.experts[first + index].state_dict())
+
+    @property
+    def own_experts(self) -> list[nn.Module]:
+        """Those of this process."""
+        return list(self.spread.deepspeed_moe.experts.deepspeed_experts)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """Expert times gate, plus the meta expert: (B, L, D)."""
@@ -96,6 +105,32 @@ class ParallelMoELayer(nn.Module):
         choice_T: Any = self._gate[0].choice_T
         self.choice_BL = choice_T.view(hidden_BLD.shape[:-1])
         return routed_BLD if self.meta_expert is None else routed_BLD + self.meta_expert(hidden_BLD)
+
+
+def gather_experts(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state under the names of the plain mixture, with the experts of all processes. Every process takes part.
+
+    Args:
+        model: With mixtures that ``spread_experts`` spread.
+        state: Of this process: its own experts, and all else; not changed.
+    """
+    weights = dict(state)
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, ParallelMoELayer):
+            continue
+        own = f"{prefix}.spread.deepspeed_moe.experts.deepspeed_experts"
+        count, size = len(layer.own_experts), dist.get_world_size(layer.group)
+        for place in range(size):
+            source = dist.get_global_rank(layer.group, place)
+            for index in range(count):
+                for name, like in layer.own_experts[index].state_dict().items():
+                    mine = state.get(f"{own}.{index}.{name}")
+                    holds = source == dist.get_rank() and mine is not None
+                    value = mine.to(like.device) if holds and mine is not None else torch.empty_like(like)
+                    dist.broadcast(value, src=source, group=layer.group)
+                    weights[f"{prefix}.experts.{place * count + index}.{name}"] = value.cpu()
+        weights = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.spread.")}
+    return weights
 
 
 def spread_experts(model: nn.Module, size: int) -> int:

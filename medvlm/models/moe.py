@@ -117,6 +117,8 @@ class MoELayer(nn.Module):
         capacity: See ``dispatch``.
     """
 
+    is_mixture = True
+
     def __init__(
         self, dense: nn.Module, width: int, *, experts: int, meta_expert: bool, capacity: float | None
     ) -> None:
@@ -218,7 +220,8 @@ def _silence(expert: nn.Module) -> None:
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[int, MoELayer]]:
-    """Index and mixture of every upcycled layer, from below."""
+    """Index and mixture of every upcycled layer, from below; also of one that is spread over processes."""
     for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            yield int(name.split(".layers.")[1].split(".")[0]), module
+        if getattr(module, "is_mixture", False):
+            layer: Any = module
+            yield int(name.split(".layers.")[1].split(".")[0]), layer

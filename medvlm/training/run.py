@@ -244,6 +244,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     from medvlm.training.marks import attach_marks, detach_marks, take_marks
     from medvlm.training.params import freeze, parameter_counts
     from medvlm.training.quantised import pack, packed_for_adapters, unpack, with_packed_weights
+    from medvlm.training.spread import spread
 
     stage = job.stage
     samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
@@ -272,6 +273,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
         "truncated": sum(any(e.cut for e in training_set.sequences([sample])) for sample in samples),
         **parameter_counts(start.model),
     }
+    spread_out = spread(start.model, job.recipe, stage, job.engine)
     load = None
     if start.model.config.moe is not None:
         from medvlm.training.expert_load import ExpertLoad
@@ -280,6 +282,10 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     try:
         trainer, curve = _fit(job, start, training_set, plan, fresh=fresh, load=load)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if spread_out:
+            from medvlm.models.expert_parallel import gather_experts
+
+            state = gather_experts(start.model, state)
     finally:
         # Else transformers would shard every model that this process builds or loads from now on (ZeRO-3).
         unset_hf_deepspeed_config()

@@ -21,6 +21,7 @@ from medvlm.training.objectives import objective_of
 from medvlm.training.pace import Pace
 from medvlm.training.params import parameter_groups
 from medvlm.training.resume import Scratch
+from medvlm.training.spread import expert_groups
 
 __all__ = ["ProgressCallback", "ScratchCallback", "StageTrainer", "StopCallback"]
 
@@ -54,9 +55,8 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each part of the model."""
         opt_model: Any = self.model if model is None else model
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(opt_model, self._recipe, self._stage), lr=self._stage.learning_rate
-        )
+        groups = expert_groups(parameter_groups(opt_model, self._recipe, self._stage))
+        self.optimizer = torch.optim.AdamW(groups, lr=self._stage.learning_rate)
         return self.optimizer
 
     def compute_loss(

@@ -1,0 +1,101 @@
+"""Experts spread over two processes train as on one: losses, weights, what is saved, and a run that was stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moe_case import RECIPE, SMALL, TunedMixture
+from safetensors.torch import load_file
+
+from medvlm.config import load_recipe
+from medvlm.errors import RecipeError, TrainingError
+from medvlm.store import Report, Workspace, read_report
+from medvlm.training.engine import Engine
+from medvlm.training.run import run_stage
+from medvlm.training.spread import spread
+
+pytestmark = pytest.mark.timeout(1200)  # two launches, and a machine that may be busy
+
+OVERRIDES = [
+    *SMALL,
+    "stages.moe_tune.micro_batch=4",
+    "stages.moe_tune.zero_stage=2",
+    # Below the norm that the gradients have: an expert that were left out of the norm, or doubled, would show.
+    "stages.moe_tune.max_grad_norm=0.05",
+    "checkpoints.every=0.1",
+]
+SPREAD = [*OVERRIDES, "stages.moe_tune.expert_parallel=2"]
+
+
+def train_on_two(workspace: Workspace, trap: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(workspace.root), "train"]
+    command += ["--recipe", RECIPE, "--stage", "3", "--processes", "2"]
+    command += [part for text in SPREAD for part in ("--set", text)]
+    trapped = {"MEDVLM_PROGRESS": "progress_trap:listen", "MEDVLM_TEST_TRAP": trap} if trap else {}
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **trapped, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def curve(report: Report) -> list[float]:
+    return [point["loss"] for point in report.details["curves"]["all"]]
+
+
+def test_spread_experts_learn_as_one_process_has_them_learn_and_resume(tuned: TunedMixture, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "ws")
+    shutil.copytree(tuned.workspace.root, workspace.root, ignore=shutil.ignore_patterns("stage3"))
+    plain = run_stage(workspace, load_recipe(RECIPE, OVERRIDES), 3)
+    folder = workspace.checkpoint(RECIPE, 3)
+    expected = load_file(folder / "model.safetensors")
+    shutil.rmtree(workspace.stage(RECIPE, 3))
+
+    stopped = train_on_two(workspace, "3:SIGTERM")
+    assert stopped.returncode == 1 and "stopped by a signal (SIGTERM)" in stopped.stderr, stopped.stderr[-3000:]
+    done = train_on_two(workspace)
+    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr[-3000:]
+
+    assert "experts of 2 layers spread over 2 processes each" in done.stderr
+
+    report = read_report(workspace.stage(RECIPE, 3))
+    assert report is not None and report.details["engine"].startswith("2 processes")
+    assert curve(report) == pytest.approx(curve(plain), abs=1e-4)
+    for name in ("parameters", "parameters_trained", "parameters_active"):
+        assert report.counts[name] == plain.counts[name]
+    assert report.details["expert_load"] == plain.details["expert_load"]
+    # One file, under the names of the plain mixture, with the experts of both processes.
+    weights = load_file(folder / "model.safetensors")
+    assert set(weights) == set(expected)
+    start = load_file(workspace.checkpoint(RECIPE, 2) / "model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=2e-4, rtol=1e-3, msg=name)
+        assert ".experts." not in name or name not in start
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.moe_tune.expert_parallel=3", "does not divide model.moe.experts 4"),
+        ("stages.instruct.expert_parallel=2", "for the stage moe_tune"),
+        ("stages.moe_tune.zero_stage=3", "zero_stage 1 or 2"),
+        ("model.moe.capacity=1.5", "capacity is set"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_when_the_recipe_is_read(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(RECIPE, [*SPREAD, change])
+
+
+def test_one_process_takes_the_plain_path_and_three_are_refused() -> None:
+    recipe = load_recipe(RECIPE, SPREAD)
+    engine = Engine("cpu", "fp32", "sdpa", 1, 0, 4, 2, 2, False)
+    assert spread(torch.nn.Linear(1, 1), recipe, recipe.stages[2], engine) is False
+    three = Engine("cpu", "fp32", "sdpa", 3, 0, 4, 2, 2, False)
+    with pytest.raises(TrainingError, match="3 processes do not split into groups of 2") as caught:
+        spread(torch.nn.Linear(1, 1), recipe, recipe.stages[2], three)
+    assert "expert_parallel" in caught.value.where
