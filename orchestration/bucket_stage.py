@@ -8,6 +8,7 @@ beside the data, so that a stage that one machine has made is up to date on ever
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import yaml
 from medvlm.errors import InputError, MedVLMError
 from medvlm.s3 import Changed, is_bucket
 from medvlm.settings import Settings, read_settings
-from medvlm.step_files import StepFiles, moving, working
+from medvlm.step_files import StepFiles, files_of_step, moving, working
 from medvlm.store import read_json, write_json
 from medvlm.units import unit_of
 from medvlm.working_copy import WorkingCopy
@@ -67,16 +68,20 @@ def bucket_of(settings: Settings) -> str:
 
 
 def files_of_stage(repo: Any, stage: str, root: Path) -> StepFiles:
-    """The units that a stage of dvc.yaml reads and writes, and what it goes on from where it was killed."""
+    """The units that a stage reads and writes: what dvc.yaml says, and what its verb says of itself.
+
+    dvc.yaml names for some stages a contract's result in the place of the data that it is the fingerprint of.
+    """
     found = repo.stage.get_target(stage)
     reads, writes = (
         {unit for one in side if (unit := _unit(Path(one.fs_path), root))} for side in (found.deps, found.outs)
     )
-    begun = {unit.replace("checkpoints/", top, 1) for unit in writes for top in ("scratch/train/", "logs/")}
-    begun = {unit for unit in begun if unit.startswith(("scratch/", "logs/"))} | {"scratch/failed"}
-    if "figures" in writes:
-        begun.add("scratch/fetch")
-    return StepFiles((*sorted(reads | writes | begun),), (*sorted(writes | begun),))
+    words = shlex.split(found.cmd)
+    own = StepFiles()
+    if words[:2] == ["medvlm", "--workspace"]:
+        own = files_of_step(words[3:])
+    written = writes | set(own.writes) | {"scratch/failed"}
+    return StepFiles((*sorted(reads | written | set(own.reads)),), (*sorted(written),))
 
 
 def _unit(path: Path, root: Path) -> str | None:

@@ -8,10 +8,12 @@ import dagster as dg
 import pytest
 import yaml
 from buckets import KEYS, NAME, local_bucket
+from projects import copy_project
 
 from medvlm.pipeline import with_items
 from medvlm.settings import Settings, read_settings, write_settings
 from medvlm.working_copy import CACHE_VARIABLE
+from orchestration.bucket_stage import files_of_stage
 from orchestration.launchers import TrainingLauncher
 from orchestration.resources import DvcProject, StageRun
 
@@ -92,3 +94,25 @@ def test_configure_with_a_bucket_keeps_the_copy_inside_the_project(
     assert (settings.workspace, settings.bucket) == ("workspace", "s3://bucket/vlm")
     write_settings(path, settings.model_copy(update={"bucket": ""}))
     assert "bucket: s3" not in path.read_text()
+
+
+def test_every_stage_of_the_project_knows_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.repo import Repo
+
+    folder = copy_project(tmp_path / "project")
+    monkeypatch.chdir(folder)
+    with Repo(str(folder)) as repo:
+
+        def reads(stage: str) -> set[str]:
+            return set(files_of_stage(repo, stage, folder / "workspace").reads)
+
+        assert reads("figures") >= {"corpus", "figures", "scratch/fetch"}
+        assert reads("stage1@tiny-llava-med") >= {
+            "datasets/alignment", "contracts/alignment", "recipes/tiny-llava-med",
+            "scratch/train/tiny-llava-med/stage1",
+        }  # fmt: skip
+        assert "datasets/instruct" not in reads("stage1@tiny-llava-med")
+        # dvc.yaml names the contract's result only, which holds the fingerprint of these.
+        assert reads("stage3@tiny-llava-med") >= {"benchmarks/*", "checkpoints/tiny-llava-med/stage2"}
+        assert reads("leaderboard") >= {"scores", "leaderboard"}
+        assert reads("release@tiny-llava-med") >= {"checkpoints/tiny-llava-med", "figures", "datasets/*"}
