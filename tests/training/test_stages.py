@@ -14,6 +14,8 @@ from medvlm.models.checkpoint import load_checkpoint
 from medvlm.store import read_report
 from medvlm.training.run import run_stage
 
+TABLE = "model.language_model.embed_tokens.weight"
+
 
 def test_the_loss_falls(trained: TrainedTwin) -> None:
     for report in trained.reports[:2]:
@@ -24,7 +26,7 @@ def test_the_loss_falls(trained: TrainedTwin) -> None:
 def test_reports_count_what_was_learned(trained: TrainedTwin) -> None:
     align, instruct, finetune = trained.reports
     assert align.counts["samples"] == 40 and align.counts["steps"] == STEPS and align.counts["truncated"] == 0
-    assert align.counts["parameters_trained"] == 192 * 128 + 128
+    assert align.counts["parameters_trained"] == 192 * 128 + 128 + 2 * 128  # and the two marks
     assert instruct.counts["parameters_trained"] > 100_000
     assert finetune.counts["samples"] == 80 and set(finetune.details["curves"]) == {"vqa-rad", "slake"}
     for number, report in enumerate(trained.reports, start=1):
@@ -47,7 +49,7 @@ def test_each_checkpoint_is_whole_and_its_scratch_gone(trained: TrainedTwin) -> 
     assert not list(trained.workspace.scratch("train").rglob("checkpoint-*"))
 
 
-def test_alignment_moves_the_projector_only(trained: TrainedTwin) -> None:
+def test_alignment_moves_the_projector_and_the_marks_only(trained: TrainedTwin) -> None:
     from medvlm.models.checkpoint import build_model
 
     folder = trained.workspace.checkpoint("tiny-llava-med", 1)
@@ -55,7 +57,10 @@ def test_alignment_moves_the_projector_only(trained: TrainedTwin) -> None:
     start = build_model(trained.recipe, tokenizer).state_dict()
     after = load_file(folder / "model.safetensors")
     moved = {name for name, value in after.items() if not torch.equal(value, start[name])}
-    assert moved == {"model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias"}
+    projector = {"model.multi_modal_projector.linear.weight", "model.multi_modal_projector.linear.bias"}
+    assert moved == {*projector, TABLE}
+    rows = (after[TABLE] != start[TABLE]).any(1).nonzero().flatten().tolist()
+    assert rows == sorted(tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"]))
 
 
 def test_instruction_tuning_leaves_the_tower_alone(trained: TrainedTwin) -> None:
@@ -72,7 +77,10 @@ def test_a_finished_stage_is_kept(trained: TrainedTwin) -> None:
 
 
 def test_deepspeed_agrees_with_plain_torch(trained: TrainedTwin) -> None:
-    """The first steps of alignment, written out: AdamW, warm-up and cosine, gradients clipped at 1."""
+    """The first steps of alignment, written out: AdamW, warm-up and cosine, gradients clipped at 1.
+
+    The marks' rows learn as in the original, in the table itself: no other row has a gradient.
+    """
     from medvlm.models.checkpoint import build_model
     from medvlm.models.vision import ImageProcessor
     from medvlm.training.collate import ConversationEncoder, collate
@@ -88,9 +96,14 @@ def test_deepspeed_agrees_with_plain_torch(trained: TrainedTwin) -> None:
     plan = StagePlan(samples, stage, recipe.seed)
     encoder = ConversationEncoder(recipe, tokenizer, stage.template, stage.max_length)
     rows = TrainingSet(samples, plan, encoder, PixelStore(ImageProcessor.of(recipe.model.vision_tower)))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    peak = stage.learning_rate * rate_ratio(recipe, "projector")
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    projector = [p for p in model.parameters() if p.requires_grad]
+    table = model.get_input_embeddings().weight.requires_grad_()
+    learned = torch.zeros((len(table), 1))
+    learned[tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])] = 1
+    table.register_hook(lambda gradient: gradient * learned)
+    parameters = [*projector, table]
+    optimizer = torch.optim.AdamW([{"params": projector}, {"params": [table]}], weight_decay=0.0)
+    peaks = [stage.learning_rate * rate_ratio(recipe, "projector"), stage.learning_rate]
     losses: list[float] = []
     for step in range(6):
         start = step * stage.global_batch
@@ -98,9 +111,9 @@ def test_deepspeed_agrees_with_plain_torch(trained: TrainedTwin) -> None:
         del batch["sample_ids"], batch["spans"]
         warmup = math.ceil(stage.warmup_ratio * STEPS)
         progress = max(0, step - warmup) / (STEPS - warmup)
-        rate = peak * (step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        share = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
         loss = answer_loss(model, batch, None)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm)
