@@ -149,7 +149,8 @@ def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
 def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> dict[str, float]:
     """Bytes that one device holds at the fullest moment of a step, with sequences of ``max_length``.
 
-    - weights: 2 bytes each in mixed precision, 4 in fp32; frozen ones too. ZeRO-3 splits them.
+    - weights: 2 bytes each in mixed precision, 4 in fp32; frozen ones too. ZeRO-3 splits them, and
+      ``expert_parallel`` those of experts (whose gradients and states ZeRO splits over as many processes either way).
     - gradients: as many bytes for each that learns. ZeRO-2 splits them.
     - optimiser states: master copy and two moments, 12 bytes for each that learns (fp32: two moments, 8).
       ZeRO-1 splits them; offloaded they are in the host's memory.
@@ -160,7 +161,8 @@ def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> 
     wide = 4 if setup.device.precision == "fp32" else 2
     share = 1 / setup.processes
     learned = trained_parameters(shape, stage, setup.tuning)
-    weights = shape.total * wide
+    sharing = min(stage.expert_parallel, setup.processes)
+    weights = (shape.total - _experts(recipe, shape) * (1 - 1 / sharing)) * wide
     if setup.tuning == "qlora":
         weights -= shape.adaptable * (wide - _NF4_BYTES)
     weights += sum(adapter_parameters(shape, stage, setup.tuning).values()) * wide
@@ -181,6 +183,11 @@ def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> 
         "logits": rows * vocabulary * (stage.max_length * 2 * wide + text * (wide + 8)),
         "overhead": overhead,
     }
+
+
+def _experts(recipe: Recipe, shape: Shape) -> float:
+    """Parameters of all routed experts; ``shape.idle`` are those of all but one of a layer."""
+    return shape.idle * recipe.model.moe.experts / (recipe.model.moe.experts - 1) if recipe.model.moe else 0.0
 
 
 def _answers(stage: Stage) -> int:

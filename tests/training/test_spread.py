@@ -99,3 +99,20 @@ def test_one_process_takes_the_plain_path_and_three_are_refused() -> None:
     with pytest.raises(TrainingError, match="3 processes do not split into groups of 2") as caught:
         spread(torch.nn.Linear(1, 1), recipe, recipe.stages[2], three)
     assert "expert_parallel" in caught.value.where
+
+
+def test_the_plan_knows_that_each_process_holds_a_part_of_the_experts() -> None:
+    from medvlm.training.footprint import model_shape
+    from medvlm.training.hardware import parse_hardware
+    from medvlm.training.plan import make_plan
+
+    settings = ["stages.moe_tune.zero_stage=2"]
+    whole, part = (
+        make_plan(load_recipe("cliva-med-phi2", [*settings, *more]), parse_hardware("8xA100-80G")).stages[2]
+        for more in ((), ("stages.moe_tune.expert_parallel=4",))
+    )
+    recipe = load_recipe("cliva-med-phi2")
+    # Three of four experts are idle, and three of four are elsewhere.
+    elsewhere = model_shape(recipe, recipe.stages[2]).idle * 2 / 2**30
+    assert whole.memory_gib["weights"] - part.memory_gib["weights"] == pytest.approx(elsewhere, abs=0.01)
+    assert whole.trained == part.trained and whole.memory_gib["gradients"] == part.memory_gib["gradients"]

@@ -1,0 +1,58 @@
+"""What a stage runs on is chosen for the machine, and said; a GPU is played, as none is here."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from medvlm.config import load_recipe
+from medvlm.models.checkpoint import attention_implementation
+from medvlm.training.engine import choose_engine
+
+RECIPE = load_recipe("tiny-llava-med")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU of a compute capability, with or without the package flash-attn."""
+
+    def put(capability: int, *, flash: bool) -> None:
+        real = importlib.util.find_spec
+        found = {"flash_attn": real("torch") if flash else None}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capability >= 8)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[name] if name in found else real(name))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash", "attention", "precision"),
+    [
+        (8, True, "flash_attention_2", "bf16"),
+        (9, True, "flash_attention_2", "bf16"),
+        (8, False, "sdpa", "bf16"),
+        (7, True, "sdpa", "fp16"),
+    ],
+)
+def test_flash_attention_where_it_is_installed_and_runs_else_sdpa(
+    gpu: Any, capability: int, flash: bool, attention: str, precision: str
+) -> None:
+    gpu(capability, flash=flash)
+    engine = choose_engine(RECIPE, RECIPE.stages[0])
+    assert (engine.device, engine.attention, engine.precision) == ("cuda", attention, precision)
+    assert engine.gradient_checkpointing
+    said = str(engine)
+    assert all(word in said for word in (attention, precision, "on cuda", "ZeRO-2", "gradient checkpointing"))
+
+
+def test_the_cpu_has_sdpa_in_full_precision_without_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = choose_engine(RECIPE, RECIPE.stages[0])
+    assert attention_implementation() == engine.attention == "sdpa"
+    assert (engine.device, engine.precision, engine.gradient_checkpointing) == ("cpu", "fp32", False)
+    assert str(engine).startswith("1 process on cpu, fp32, sdpa attention")
