@@ -18,7 +18,7 @@ COPY medvlm medvlm
 COPY orchestration orchestration
 COPY data_contracts data_contracts
 COPY dashboards dashboards
-RUN pip install --no-cache-dir -c constraints.txt ".[kubernetes,mlflow,postgres,s3]" \
+RUN pip install --no-cache-dir -c constraints.txt ".[celery,kubernetes,mlflow,postgres,s3]" \
     && useradd --create-home --uid 1000 medvlm
 
 USER 1000
