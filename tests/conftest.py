@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch. Two test processes share the cores: one thread each, and none that spins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("MEDVLM_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 

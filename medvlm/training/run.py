@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -498,6 +500,25 @@ def main(
         click.echo(f"error: {error}", err=True)
         # Not sys.exit: other processes may wait in a collective, and an orderly end would wait for them.
         os._exit(1)
+    _leave()
+
+
+def _leave() -> None:
+    """End once every process of the job has written what it owes.
+
+    Past the interpreter's own end: a thread of a library that still runs there aborts the process
+    ("terminate called without an active exception"), and the launcher calls a finished job a failed one.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # The last words to Pipes, the last points of a tracker.
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
