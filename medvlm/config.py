@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from medvlm.errors import RecipeError
+from medvlm.recipe_fields import field_model, field_role
 from medvlm.recipe_schema import (
     Checkpoints,
     Decoding,
@@ -25,8 +26,6 @@ from medvlm.recipe_schema import (
     Stage,
     Tokenizer,
     VisionTower,
-    field_model,
-    field_role,
 )
 from medvlm.store import Workspace, atomic_folder
 

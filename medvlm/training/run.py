@@ -19,55 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medvlm.config import load_recipe, recipe_differences, stage_yaml
-from medvlm.errors import CheckpointError, MedVLMError, OutOfMemory, TrainingError
-from medvlm.recipe_schema import Recipe, Stage
-from medvlm.store import Report, Workspace, fingerprint, read_json, write_report
+from medvlm.config import load_recipe
+from medvlm.errors import MedVLMError, OutOfMemory, TrainingError
+from medvlm.recipe_schema import Recipe
+from medvlm.store import Report, Workspace, fingerprint, write_report
 from medvlm.training.curve import write_curve
-from medvlm.training.engine import Engine, choose_engine, deepspeed_config, prepared_environment, quiet_libraries
+from medvlm.training.engine import choose_engine, deepspeed_config, prepared_environment, quiet_libraries
+from medvlm.training.job import Job, checkpoint_metadata, make_job, start_of, start_with_words
 from medvlm.training.quantised import check_quantisation
 from medvlm.training.resume import Scratch
 
 if TYPE_CHECKING:
     from medvlm.models.checkpoint import Checkpoint
-    from medvlm.training.data import ImageStore, StageSample
     from medvlm.training.expert_load import ExpertLoad
 
 __all__ = ["run_stage"]
 
 _CURVE_POINTS = 500
 _REWARDS = ("preference_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One checkpoint to make."""
-
-    workspace: Workspace
-    recipe: Recipe
-    number: int
-    target: str
-    engine: Engine
-    fingerprint: str
-    data: tuple[Path, ...]
-
-    @property
-    def stage(self) -> Stage:
-        return self.recipe.stages[self.number - 1]
-
-    @property
-    def folder(self) -> Path:
-        return self.workspace.checkpoint(self.recipe.name, self.number, self.target)
-
-    @property
-    def logs(self) -> Path:
-        # A folder a fingerprint: another recipe or other data is another curve, a resumed run the same one.
-        return self.workspace.logs(self.recipe.name, self.number, self.target) / self.fingerprint[:12]
-
-    @property
-    def scratch(self) -> Scratch:
-        folder = self.workspace.scratch("train", self.recipe.name, f"stage{self.number}", self.target)
-        return Scratch(folder, self.fingerprint, self.engine.processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +84,7 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
     check_contract(workspace, stage, recipe.name)
     check_quantisation(recipe, stage)
     engine = choose_engine(recipe, stage)
-    jobs = [_job(workspace, recipe, stage_number, target, engine) for target in recipe.targets(stage_number)]
+    jobs = [make_job(workspace, recipe, stage_number, target, engine) for target in recipe.targets(stage_number)]
     if engine.rank == 0:
         click.echo(f"{recipe.name}, stage {stage_number} ({stage.name}): {engine}", err=True)
     results = {job.target: _run_job(job, fresh=fresh) for job in jobs}
@@ -152,36 +121,9 @@ def _run_stage(workspace: Workspace, recipe: Recipe, stage_number: int, *, fresh
     return write_report(folder, report, started=started, packages=packages)
 
 
-def _job(workspace: Workspace, recipe: Recipe, number: int, target: str, engine: Engine) -> _Job:
-    from medvlm.training.data import data_fingerprint, data_folders, left_out_rows
-
-    stage = recipe.stages[number - 1]
-    folders = data_folders(workspace, recipe, stage, target)
-    data = data_fingerprint(folders, left_out_rows(workspace, stage, folders, recipe.name))
-    start = "" if number == 1 else _metadata(workspace.checkpoint(recipe.name, number - 1))["fingerprint"]
-    parts = [start, target]
-    if stage.name == "moe_tune":
-        from medvlm.training.router import read_trained_router
-
-        parts.append(read_trained_router(workspace, recipe, start).fingerprint)
-    mark = fingerprint(stage_yaml(recipe, number), data, *parts)
-    return _Job(workspace, recipe, number, target, engine, mark, tuple(folders))
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    path = folder / "metadata.json"
-    if not path.is_file():
-        raise CheckpointError(
-            "the stage before has no finished checkpoint",
-            where=str(folder),
-            hint="train it first: medvlm train --recipe RECIPE --stage N, or 'dvc repro' for all that is missing",
-        )
-    return read_json(path)
-
-
-def _run_job(job: _Job, *, fresh: bool) -> _Trained:
+def _run_job(job: Job, *, fresh: bool) -> _Trained:
     if not fresh and (job.folder / "metadata.json").is_file():
-        metadata = _metadata(job.folder)
+        metadata = checkpoint_metadata(job.folder)
         if metadata["fingerprint"] == job.fingerprint:
             if job.engine.rank == 0:
                 click.echo(f"{job.folder}: finished before, from the same recipe, data and start; kept", err=True)
@@ -202,40 +144,7 @@ def _run_job(job: _Job, *, fresh: bool) -> _Trained:
         ) from error
 
 
-def _start(job: _Job, samples: Sequence[StageSample]) -> Checkpoint:
-    """Model, tokenizer and processor that the job begins with."""
-    from medvlm.models.checkpoint import Checkpoint, build_model, load_checkpoint
-    from medvlm.models.tokenizer import load_tokenizer, special_marks, train_tokenizer
-    from medvlm.models.vision import ImageProcessor
-
-    if job.number > 1:
-        folder = job.workspace.checkpoint(job.recipe.name, job.number - 1)
-        start = load_checkpoint(folder)
-        changed = [path for path in recipe_differences(job.recipe, start.recipe) if path[0] == "model"]
-        if job.stage.name == "moe_tune":
-            # Experts and router begin here.
-            changed = [path for path in changed if path[:2] != ("model", "moe")]
-        if changed:
-            raise CheckpointError(
-                f"stage {job.number - 1} was trained with another {', '.join('.'.join(path) for path in changed)}",
-                where=str(folder),
-                hint=f"train stage {job.number - 1} again, or undo the change",
-            )
-        if job.stage.name == "moe_tune":
-            from medvlm.training.router import start_of_mixture
-
-            start_of_mixture(job.workspace, job.recipe, start)
-        return dataclasses.replace(start, recipe=job.recipe)
-    source = job.recipe.model.tokenizer.source
-    if source == "train":
-        tokenizer = train_tokenizer(job.recipe, (turn.text for sample in samples for turn in sample.turns))
-    else:
-        tokenizer = load_tokenizer(source, special_marks(job.recipe))
-    processor = ImageProcessor.of(job.recipe.model.vision_tower)
-    return Checkpoint(build_model(job.recipe, tokenizer), tokenizer, processor, job.recipe, {})
-
-
-def _train(job: _Job, *, fresh: bool) -> _Trained:
+def _train(job: Job, *, fresh: bool) -> _Trained:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from medvlm.models.checkpoint import git_commit, save_checkpoint
@@ -250,7 +159,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
 
     stage = job.stage
     samples, left_out = stage_samples(job.workspace, job.recipe, stage, job.data)
-    start = _start(job, samples)
+    start = start_of(job, samples)
     pack(start.model, stage, job.engine)
     with packed_for_adapters(start.model, stage):
         attach(start.model, job.recipe, stage)
@@ -265,7 +174,7 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     pixels = PixelStore(start.processor)
     images = image_store(job.workspace, stage, job.engine, start, samples, plan, pixels)
     training_set = TrainingSet(samples, plan, encoder, images, shared_prefix=trees)
-    _start_with_words(job, start, samples, images)
+    start_with_words(job, start, samples, images)
     counts = {
         "samples": len(samples),
         "quarantined": left_out["quarantined"],
@@ -315,25 +224,6 @@ def _train(job: _Job, *, fresh: bool) -> _Trained:
     return _Trained(counts, curve, final["loss"], experts, pace=trainer.pace.points)
 
 
-def _start_with_words(job: _Job, start: Checkpoint, samples: Sequence[StageSample], images: ImageStore) -> None:
-    """Fit the projector to the words of the stage's questions, where its recipe says so.
-
-    A resumed run does it again, and then takes the weights of its checkpoint.
-    """
-    if job.stage.word_start is None:
-        return
-    from medvlm.training.words import fit_words
-
-    seed, device = job.recipe.seed, job.engine.device
-    fitted = fit_words(start.model, start.tokenizer, samples, images, job.stage.word_start, seed=seed, device=device)
-    if job.engine.rank == 0:
-        click.echo(
-            "the projector says {words:g} words of {images:g} images: loss {loss_before} without looking, "
-            "{loss} after {steps:g} steps".format(**fitted),
-            err=True,
-        )
-
-
 def _final(curve: Sequence[dict[str, float]]) -> dict[str, float]:
     """Loss, and what else the objective measures, over the last twentieth of the curve."""
     tail = curve[-max(1, len(curve) // 20) :]
@@ -342,7 +232,7 @@ def _final(curve: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _fit(
-    job: _Job, start: Checkpoint, training_set: Any, plan: Any, *, fresh: bool, load: ExpertLoad | None = None
+    job: Job, start: Checkpoint, training_set: Any, plan: Any, *, fresh: bool, load: ExpertLoad | None = None
 ) -> tuple[Any, list[dict[str, float]]]:
     """Run the Trainer to the end of the plan; its state gives the loss curve, resumed parts included."""
     import functools
@@ -429,7 +319,7 @@ def _fit(
     return trainer, curve
 
 
-def _arguments(job: _Job, scratch: Scratch, steps: int) -> Any:
+def _arguments(job: Job, scratch: Scratch, steps: int) -> Any:
     from transformers import TrainingArguments
 
     stage, engine = job.stage, job.engine
