@@ -60,14 +60,14 @@ class Bucket:
         self._name = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         try:
-            import boto3
+            import boto3.session
             from boto3.s3.transfer import TransferConfig
             from botocore.config import Config
         except ImportError as error:
             raise StoreError("boto3 is missing", where=address, hint="pip install 'medvlm[s3]'") from error
         retries = {"max_attempts": ATTEMPTS, "mode": "standard"}
         with self._told(""):
-            self._client: Any = boto3.client("s3", config=Config(retries=retries))
+            self._client: Any = boto3.session.Session().client("s3", config=Config(retries=retries))
         self._transfer: Any = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
 
     def list(self, folder: str) -> dict[str, Listing]:
