@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import math
 import os
 import signal
 import sys
@@ -23,11 +22,11 @@ from medvlm.config import load_recipe
 from medvlm.errors import MedVLMError, OutOfMemory, TrainingError
 from medvlm.recipe_schema import Recipe
 from medvlm.store import Report, Workspace, fingerprint, write_report
+from medvlm.training.arguments import training_arguments
 from medvlm.training.curve import write_curve
-from medvlm.training.engine import choose_engine, deepspeed_config, prepared_environment, quiet_libraries
+from medvlm.training.engine import choose_engine, prepared_environment, quiet_libraries
 from medvlm.training.job import Job, checkpoint_metadata, make_job, start_of, start_with_words
 from medvlm.training.quantised import check_quantisation
-from medvlm.training.resume import Scratch
 
 if TYPE_CHECKING:
     from medvlm.models.checkpoint import Checkpoint
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_stage"]
 
-_CURVE_POINTS = 500
 _REWARDS = ("preference_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
 
@@ -246,7 +244,7 @@ def _fit(
     from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
 
     scratch = job.scratch
-    arguments = _arguments(job, scratch, plan.steps)
+    arguments = training_arguments(job, plan.steps)
     if job.engine.rank == 0:
         message = scratch.open(fresh=fresh)
         if message:
@@ -317,44 +315,6 @@ def _fit(
         if "loss" in entry
     ]
     return trainer, curve
-
-
-def _arguments(job: Job, scratch: Scratch, steps: int) -> Any:
-    from transformers import TrainingArguments
-
-    stage, engine = job.stage, job.engine
-    return TrainingArguments(
-        output_dir=str(scratch.folder),
-        max_steps=steps,
-        per_device_train_batch_size=engine.micro_batch,
-        gradient_accumulation_steps=engine.accumulation,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule if stage.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(stage.warmup_ratio * steps),
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        bf16=engine.precision == "bf16",
-        fp16=engine.precision == "fp16",
-        tf32=True if engine.device == "cuda" else None,
-        activation_checkpointing=engine.gradient_checkpointing,
-        use_cpu=engine.device == "cpu",
-        deepspeed=deepspeed_config(stage, engine),
-        # The plan has shuffled already; so a resumed run skips to its place without reading what it skips.
-        train_sampling_strategy="sequential",
-        dataloader_num_workers=4 if engine.device == "cuda" else 0,
-        dataloader_pin_memory=engine.device == "cuda",
-        remove_unused_columns=False,
-        logging_steps=max(1, steps // _CURVE_POINTS),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        run_name=f"{job.recipe.name} stage {job.number}" + (f" {job.target}" if job.target != "all" else ""),
-        save_strategy="steps",
-        save_steps=max(1, math.ceil(steps * job.recipe.checkpoints.every)),
-        report_to=[],
-        disable_tqdm=True,
-        log_level="warning",
-        seed=job.recipe.seed,
-    )
 
 
 def _expert_metrics(results: dict[str, _Trained]) -> dict[str, float]:
