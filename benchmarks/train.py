@@ -1,37 +1,45 @@
 """Training throughput: ours beside the plain stack, each lever alone, in alternating trials.
 
-    python benchmarks/train.py [--vqa-rad FOLDER] [--size tiny|smol] [--stage 1|2] [--steps 6] [--batch 8] [--trials 3]
+    python benchmarks/train.py [--data FOLDER] [--case NAME …] [--trials 3] [--parts FOLDER]
 
 The plain stack is what a careful user writes today: transformers' ``LlavaForConditionalGeneration`` and ``Trainer``,
-with batches padded to their longest sequence. Both begin from the same weights and read the same samples in the same
-order, in float32 on the CPU, each trial in a process of its own, so that its peak memory is its own.
+with batches padded to their longest sequence. Every row begins with the same weights and trains one epoch of the same
+samples with the stock Trainer, AdamW and two threads, in a process of its own, so that its peak memory is its own.
 
-``ours`` has every lever on but length groups, which change the order of the samples; each further row switches one
-lever off. Ratios are of samples a second against the plain stack's trial of the same round. Losses are compared step
-by step; exit code 1 where they differ by more than 1e-3.
+``ours`` has every lever on but length groups, which change the order of the samples and have a row of their own;
+``only X`` has one lever on, ``without X`` all but one; these are measured in the first trial. Ratios are of the plain stack's time in the same trial, by the
+clock and by processor time, which is the steadier one where others use the machine too. The feature cache is full when
+an epoch begins; what filling it took stands below the table. Losses are compared step by step where the order is the
+same; exit code 1 where they differ by more than 1e-3 or a target is missed.
 
-Without ``--vqa-rad``, samples are drawn: conversations of two to ten questions of mixed length.
+Below each table are a count of operations (matrix products and attention) and a profile of one epoch, and the most
+that the operations allow: their time at the best rate of a 2048 x 2048 matrix product in the same run.
+
+With ``--parts``, each case is kept in a file of that folder, and one that is there is shown and not run again.
+Without ``--data``, texts are drawn, and the cases of real questions are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import resource
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEVERS = ("feature_cache", "loss_at_labels", "packing", "shared_prefix")
-ROWS = ("plain", "ours", *(f"without {lever}" for lever in LEVERS))
+PLAIN = "plain"
 TOLERANCE = 1e-3
+LEVERS = ("feature_cache", "loss_at_labels", "packing", "length_groups")
+REORDERED = ("ours, length groups too", "only length_groups")
 
-# About 30 million parameters: a tower of CLIP ViT's shape, and a Llama with a vocabulary of 4,096.
+# A LLaVA of about 30 million parameters: a tower of CLIP ViT's shape, and a Llama.
 SMALL = (
     "model.vision_tower.hidden_size=384", "model.vision_tower.layers=6", "model.vision_tower.heads=6",
     "model.vision_tower.mlp_size=1536", "model.vision_tower.image_px=224", "model.vision_tower.patch_px=16",
@@ -39,248 +47,243 @@ SMALL = (
     "model.language_model.heads=6", "model.language_model.kv_heads=6", "model.language_model.mlp_size=1024",
     "model.language_model.max_positions=2048", "model.tokenizer.vocab_size=4096",
 )  # fmt: skip
+# CLIP ViT-L/14 at 224 px (304 M parameters, 256 patches), with random weights.
+VIT_L = (
+    "model.vision_tower.architecture=clip", "model.vision_tower.weights=random", "model.vision_tower.hidden_size=1024",
+    "model.vision_tower.layers=24", "model.vision_tower.heads=16", "model.vision_tower.mlp_size=4096",
+    "model.vision_tower.patch_px=14", "model.vision_tower.feature_layer=-2", "model.vision_tower.reference_width=1024",
+)  # fmt: skip
+WIDE = "model.tokenizer.vocab_size=49152"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a stage and samples, in the rows that are measured."""
+
+    title: str
+    stage: int
+    samples: str
+    """``vqa-rad`` or ``slake``: real questions; ``captions``; ``conversations``."""
+    rows: tuple[str, ...]
+    smol: bool = False
+    """SmolLM2-135M of smol-llava-med, else about 30 million parameters."""
+    model: tuple[str, ...] = ()
+    steps: int = 3
+    batch: int = 8
+    per_image: int = 1
+    max_length: int = 2048
+    longest: int = 10
+    """Questions of a conversation."""
+    precision: str = "fp32"
+    trials: int | None = None
+    """Fewer than asked for, where one says it all."""
+    target: tuple[str, float] | None = None
+    """``speed``, ``speed over 3 epochs with the fill`` or ``memory``, and how much."""
+
+
+ALONE = tuple(f"only {lever}" for lever in LEVERS)
+WITHOUT = tuple(f"without {lever}" for lever in LEVERS[:3])
+EVERY = (PLAIN, "ours", "ours, length groups too", "levers off", *ALONE, *WITHOUT, "ours, bf16 features")
+FEW = (PLAIN, "ours", "ours, length groups too", *ALONE)
+EACH_TIME = (PLAIN, "ours", "ours, length groups too")
+MEMORY = (PLAIN, "ours", "without loss_at_labels", "ours, checkpointing")
+CASES = {
+    "small-align": Case("30 M, stage 1, VQA-RAD", 1, "vqa-rad", EVERY, model=SMALL, steps=2),
+    "small-instruct": Case(
+        "30 M, stage 2, long conversations", 2, "conversations", (*EVERY, "ours, compiled", "ours, checkpointing"),
+        model=SMALL, steps=2, target=("speed", 2),
+    ),
+    "small-shared": Case(
+        "30 M, stage 2, SLAKE, six questions of each image", 2, "slake", (PLAIN, "ours", "without shared_prefix"),
+        model=SMALL, steps=2, batch=2, per_image=6,
+    ),
+    "small-vit-l": Case(
+        "30 M's language model and a tower of CLIP ViT-L/14's size, stage 1, captions", 1, "captions",
+        (PLAIN, "ours"), model=(*SMALL, *VIT_L), steps=2, batch=4, target=("fill", 2),
+    ),
+    "smol-vit-l": Case(
+        "SmolLM2-135M and a tower of CLIP ViT-L/14's size, stage 1, captions", 1, "captions",
+        (PLAIN, "ours", "ours, length groups too"), smol=True, model=VIT_L, steps=2, batch=4, target=("fill", 2),
+    ),
+    "smol-vit-l-shared": Case(
+        "SmolLM2-135M and a tower of CLIP ViT-L/14's size, stage 1, SLAKE, four questions of each image", 1, "slake",
+        (PLAIN, "ours"), smol=True, model=VIT_L, steps=2, batch=2, per_image=4, target=("fill", 2),
+    ),
+    "smol-align": Case("smol-llava-med, stage 1, SLAKE", 1, "slake", FEW, smol=True, steps=2),
+    "smol-instruct": Case(
+        "smol-llava-med, stage 2, long conversations", 2, "conversations", (*FEW, "ours, compiled"), smol=True, steps=2,
+        batch=4, target=("speed", 2),
+    ),
+    "small-memory": Case(
+        "30 M, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, model=(*SMALL, WIDE),
+        steps=1, batch=2, longest=80, trials=1, target=("memory", 0.6),
+    ),
+    "smol-memory": Case(
+        "smol-llava-med, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, smol=True,
+        steps=1, batch=2, longest=80, trials=1, target=("memory", 0.6),
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
-    """Run the trials and print a row for each way of training."""
+    """Run the trials and print a table for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vqa-rad", type=Path, help="Folder of the official release.")
-    parser.add_argument("--size", choices=["tiny", "small", "smol"], default="small")
-    parser.add_argument(
-        "--stage", type=int, choices=[1, 2], default=2, help="1: projector only; 2: language model too."
-    )
-    for name, value in (("steps", 4), ("batch", 8), ("trials", 3), ("per-image", 1)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--data", help="folder of vqa-rad, slake and llava-med as they were released")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--parts", type=Path, help="keeps each case; one that is there is not run again")
+    parser.add_argument("--rows", nargs="+", help="only these rows, beside the plain stack")
     arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(trial(arguments)))
-        return
-    with tempfile.TemporaryDirectory() as name:
-        prepare(arguments, Path(name))
-        results = run_trials(arguments, Path(name))
-    sys.exit(report(results))
+    with tempfile.TemporaryDirectory() as scratch:
+        parts: Path = arguments.parts or Path(scratch)
+        parts.mkdir(parents=True, exist_ok=True)
+        missed = False
+        for name in arguments.case:
+            case, path = CASES[name], parts / f"{name}.json"
+            if case.samples in ("vqa-rad", "slake") and not arguments.data and not path.exists():
+                print(f"### {case.title}\n\nNot run: it needs --data.\n")
+                continue
+            if not path.exists():
+                path.write_text(json.dumps(measured(case, arguments), indent=1))
+            missed |= report(case, json.loads(path.read_text()))
+    sys.exit(int(missed))
 
 
-def run_trials(arguments: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every row once a round; the first round also fills the feature cache, and is kept apart as ``fill_s``."""
-    results: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
-    for _ in range(arguments.trials):
-        for row in ROWS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--row", row, "--folder", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{row} failed:\n{done.stderr[-3000:]}")
-            results[row].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    return results
+def alone(function: Callable[..., Any], *values: Any) -> Any:
+    """A function's result from a process of its own, whose libraries are imported already."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *values).result()
 
 
-def report(results: dict[str, list[dict[str, Any]]]) -> int:
-    """Print the table; 1 where losses disagree."""
-    print(f"{'':24}{'samples/s':>10}{'ratio':>8}{'(min to max)':>16}{'peak MB':>9}{'of plain':>9}{'loss off by':>13}")
-    plain, worst = results["plain"], 0.0
-    for row, trials in results.items():
-        ratios = sorted(t["rate"] / p["rate"] for t, p in zip(trials, plain, strict=True))
-        peak = statistics.median(t["peak_mb"] for t in trials)
-        share = peak / statistics.median(p["peak_mb"] for p in plain)
-        off = max(abs(a - b) for t in trials for a, b in zip(t["losses"], plain[0]["losses"], strict=True))
-        worst = max(worst, off)
-        print(
-            f"{row:24}{statistics.median(t['rate'] for t in trials):10.2f}{statistics.median(ratios):8.2f}"
-            f"{f'({ratios[0]:.2f} to {ratios[-1]:.2f})':>16}{peak:9.0f}{share:9.0%}{off:13.1e}"
-        )
-    fill = results["ours"][0]
-    print(f"feature cache: {fill['images']} images, {fill['fill_s']:.1f} s to fill once")
-    print(f"losses, plain: {', '.join(f'{loss:.4f}' for loss in plain[0]['losses'])}")
-    return int(worst > TOLERANCE)
+def measured(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every row once a trial; then the plain stack and ours once more, watched."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    # Before any library is imported, in whose server the trials' processes begin.
+    os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["training.trial", "transformers.trainer"])
+    from training import trial
+
+    rows = [row for row in case.rows if not arguments.rows or row == PLAIN or row in arguments.rows]
+    with tempfile.TemporaryDirectory() as folder:
+        what = alone(trial.prepare, case, folder, arguments.data)
+        found: dict[str, Any] = {"what": what, "peak": alone(trial.peak, case.precision), "rows": {r: [] for r in rows}}
+        for number in range(min(arguments.trials, case.trials or arguments.trials)):
+            for row in rows if number == 0 else [row for row in rows if row in EACH_TIME]:
+                print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
+                found["rows"][row].append(alone(trial.trial, case, row, folder))
+        found["looks"] = {row: alone(trial.look, case, row, folder) for row in (PLAIN, "ours")}
+    return found
 
 
-def recipe_of(arguments: argparse.Namespace, row: str) -> Any:
-    """The recipe with the row's levers; ``smol`` is smol-llava-med in float32."""
-    from medvlm.config import load_recipe
-
-    name = f"stages.{('align', 'instruct')[arguments.stage - 1]}"
-    texts = [f"stages.{s}.precision=fp32" for s in ("align", "instruct")] if arguments.size == "smol" else []
-    texts += SMALL if arguments.size == "small" else ["model.projector.kind=mlp2x_gelu"]  # the stock one
-    sharing = [f"{name}.samples_per_image={arguments.per_image}", f"{name}.image_sharing=prefix"]
-    texts += [
-        *(sharing if arguments.per_image > 1 else []),
-        "model.image_first=true",
-        f"{name}.speed.length_groups=false",
-    ]
-    texts += [f"{name}.{key}={value}" for key, value in settings(arguments).items()]
-    texts += [f"{name}.speed.{lever}=false" for lever in LEVERS if row in ("plain", f"without {lever}")]
-    return load_recipe("smol-llava-med" if arguments.size == "smol" else "tiny-llava-med", texts)
-
-
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of the stage, the same for every row."""
-    template = "chatml" if arguments.size == "smol" else "vicuna_v1"
-    sizes = {"global_batch": arguments.batch, "micro_batch": arguments.batch, "max_steps": arguments.steps}
-    return {**sizes, "epochs": 1000, "max_length": 512 if arguments.size == "tiny" else 2048, "template": template}
-
-
-def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Samples and the model that every trial begins with."""
-    from medvlm.models.checkpoint import Checkpoint, build_model, save_checkpoint
-    from medvlm.models.tokenizer import load_tokenizer, special_marks, train_tokenizer
-    from medvlm.models.vision import ImageProcessor
-    from medvlm.records import Sample
-    from medvlm.store import Workspace, write_records
-
-    workspace = Workspace(folder / "ws").ensure()
-    samples = real_samples(workspace, arguments.vqa_rad) if arguments.vqa_rad else drawn_samples()
-    for name in ("alignment", "instruct"):
-        write_records(workspace.samples(name), Sample, samples)
-    recipe = recipe_of(arguments, "ours")
-    if arguments.size == "smol":
-        tokenizer = load_tokenizer(recipe.model.tokenizer.source, special_marks(recipe))
-    else:
-        tokenizer = train_tokenizer(recipe, (turn.text for sample in samples for turn in sample.turns))
-    processor = ImageProcessor.of(recipe.model.vision_tower)
-    model = build_model(recipe, tokenizer)
-    save_checkpoint(folder / "start", Checkpoint(model, tokenizer, processor, recipe, {"fingerprint": "start"}))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+def report(case: Case, found: dict[str, Any]) -> bool:
+    """Print a case; whether losses disagree or its target is missed."""
+    rows: dict[str, list[dict[str, Any]]] = found["rows"]
+    plain = rows[PLAIN]
+    print(f"### {case.title}\n\n{found['what']}, {found['peak']['threads']} threads, {len(plain)} trials.\n")
     print(
-        f"{millions:.1f} M parameters, stage {arguments.stage}, batch "
-        f"{arguments.batch}, {arguments.steps} steps, {len(samples)} samples, {arguments.per_image} of an image at once"
+        "| row | samples/s | plain / this, clock | plain / this, processor | peak MB | of plain | waits | loss off by |"
     )
-
-
-def real_samples(workspace: Any, source: Path) -> list[Any]:
-    """VQA-RAD's train questions, each a sample."""
-    from medvlm.data.benchmarks import build_benchmark, finetune_samples
-    from medvlm.records import VQAItem
-    from medvlm.store import iterate_records
-
-    build_benchmark(workspace, "vqa-rad", source)
-    return list(finetune_samples(iterate_records(workspace.items("vqa-rad"), VQAItem)))
-
-
-def drawn_samples() -> list[Any]:
-    """Conversations about drawn pictures, of two to ten questions with answers of two to sixty words."""
-    import hashlib
-    import io
-
-    from PIL import Image as Picture
-
-    from medvlm.records import Image, Sample, Turn
-
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in ("lesion", "lung", "liver", "bone", "left", "large") for b in ("", "s", "ish", "al")]
-    samples: list[Any] = []
-    for index in range(48):
-        stream = io.BytesIO()
-        Picture.frombytes("RGB", (32, 32), rng.randbytes(3072)).save(stream, "PNG")
-        image = Image(stream.getvalue(), f"{index}.png")
-        turns: list[Any] = []
-        for turn in range(rng.randint(2, 10)):
-            mark = "" if turn else "<image>\n"
-            turns.append(Turn("user", f"{mark}What is {' '.join(rng.choices(words, k=rng.randint(2, 12)))}?"))
-            turns.append(Turn("assistant", f"{' '.join(rng.choices(words, k=rng.randint(2, 60)))}."))
-        digest = hashlib.sha256(image.bytes).hexdigest()
-        where = (image, digest, "0" * 16, f"g{index}", tuple(turns), "ct", "en", "CC BY", "generated-offline")
-        samples.append(Sample(f"s{index}", "instruct", *where))
-    return samples
-
-
-def trial(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run of a row: its rate without start-up, its losses and its peak memory."""
-    from medvlm.training.engine import prepared_environment
-
-    with prepared_environment():
-        import torch
-        from transformers import Trainer, TrainingArguments
-
-        from medvlm.training.collate import collate
-        from medvlm.training.objectives import answer_loss
-        from medvlm.training.params import freeze, parameter_groups
-
-        rows, model, recipe, stage, pad_id, fill_s, images = loaded(arguments)
-        freeze(model, stage)
-        losses: list[float] = []
-        marks: list[float] = []
-
-        class Plain(Trainer):
-            """The stock loss, with the batch's sample names put aside."""
-
-            def create_optimizer(self, model: Any = None) -> Any:
-                self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe, stage), lr=stage.learning_rate)
-                return self.optimizer
-
-            def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
-                marks.append(time.perf_counter())
-                inputs.pop("sample_ids")
-                tokens = options.get("num_items_in_batch")
-                if arguments.row == "plain":
-                    loss = model(**inputs, num_items_in_batch=tokens).loss
-                else:
-                    loss = answer_loss(model, inputs, tokens)
-                losses.append(loss.item())
-                return loss
-
-        packing = arguments.row != "plain" and stage.speed.packing
-        trainer = Plain(
-            model=model,
-            args=TrainingArguments(
-                output_dir=str(arguments.folder / "out"),
-                max_steps=arguments.steps,
-                use_cpu=True,
-                report_to=[],
-                per_device_train_batch_size=arguments.batch,
-                save_strategy="no",
-                disable_tqdm=True,
-                logging_steps=10**6,
-                train_sampling_strategy="sequential",
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                learning_rate=stage.learning_rate,
-                max_grad_norm=stage.max_grad_norm,
-            ),
-            train_dataset=rows,
-            data_collator=lambda batch: collate(batch, pad_id, packing=packing),
+    print("|---|---|---|---|---|---|---|---|")
+    worst = 0.0
+    for row, trials in rows.items():
+        off = _apart(trials, plain)
+        # Features in bf16 are not the same numbers: their row measures by how much.
+        worst = max(worst, 0.0 if row in REORDERED or row.endswith("bf16 features") else off)
+        rate = statistics.median(t["samples"] / t["clock_s"] for t in trials)
+        wait = statistics.median(t["wait_s"] / t["clock_s"] for t in trials)
+        print(
+            f"| {row} | {rate:.2f} | {_ratio(plain, trials, 'clock_s')} | {_ratio(plain, trials, 'cpu_s')} "
+            f"| {_peak(trials):,.0f} | {_peak(trials) / _peak(plain):.0%} | {wait:.1%} "
+            f"| {'other order' if row in REORDERED else f'{off:.0e}'} |"
         )
-        trainer.train()
-        ended = time.perf_counter()
-    # The first step warms up: allocations, and what the libraries set up when they are first called.
-    rate = arguments.batch * (len(marks) - 1) / (ended - marks[1])
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"rate": rate, "losses": losses, "peak_mb": peak_mb, "fill_s": fill_s, "images": images}
+    print(f"\nLosses of the plain stack: {', '.join(f'{loss:.4f}' for loss in plain[0]['losses'])}; ", end="")
+    print(f"of ours: {', '.join(f'{loss:.4f}' for loss in rows['ours'][0]['losses'])}.\n")
+    held = [f"losses of the same order equal to {TOLERANCE:g}: {_word(worst <= TOLERANCE)} ({worst:.0e})"]
+    missed = worst > TOLERANCE
+    for words, good in _targets(case, rows):
+        held.append(f"{words}: {_word(good)}")
+        missed |= not good
+    print("\n".join(f"- {line}" for line in [*_filled(rows), *held]) + "\n")
+    _roofline(found)
+    return missed
 
 
-def loaded(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any, int, float, int]:
-    """Rows in their order, the model (stock for ``plain``), recipe, stage, padding, and what the cache took."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+def _word(good: bool) -> str:
+    return "held" if good else "**missed**"
 
-    from medvlm.models.checkpoint import load_checkpoint
-    from medvlm.store import Workspace
-    from medvlm.training.collate import ConversationEncoder
-    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
-    from medvlm.training.engine import choose_engine
-    from medvlm.training.images import image_store
 
-    recipe = recipe_of(arguments, arguments.row)
-    stage = recipe.stages[arguments.stage - 1]
-    workspace = Workspace(arguments.folder / "ws")
-    start = load_checkpoint(arguments.folder / "start")
-    samples = read_stage_samples([workspace.samples(stage.data)], stage, recipe.seed)
-    plan = StagePlan(samples, stage, recipe.seed)
-    encoder = ConversationEncoder(recipe, start.tokenizer, stage.template, stage.max_length)
-    began = time.perf_counter()
-    engine = choose_engine(recipe, stage)
-    images = image_store(workspace, stage, engine, start, samples, plan, PixelStore(start.processor))
-    fill_s = time.perf_counter() - began
-    model: Any = start.model
-    if not stage.speed.loss_at_labels:
-        model.head_tokens = None
-    if arguments.row == "plain":
-        values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "dtype")}
-        model = LlavaForConditionalGeneration(LlavaConfig(**values))
-        model.load_state_dict(start.model.state_dict())
-    rows = TrainingSet(samples, plan, encoder, images)
-    pad_id: Any = start.tokenizer.pad_token_id
-    return rows, model, recipe, stage, pad_id, fill_s, len(plan.images(samples)[0])
+def _apart(trials: list[dict[str, Any]], plain: list[dict[str, Any]]) -> float:
+    return max(abs(a - b) for t in trials for a, b in zip(t["losses"], plain[0]["losses"], strict=True))
+
+
+def _peak(trials: list[dict[str, Any]]) -> float:
+    return statistics.median(t["peak_mb"] for t in trials)
+
+
+def _ratios(plain: list[dict[str, Any]], trials: list[dict[str, Any]], name: str) -> list[float]:
+    return sorted(p[name] / t[name] for t, p in zip(trials, plain, strict=False))
+
+
+def _ratio(plain: list[dict[str, Any]], trials: list[dict[str, Any]], name: str) -> str:
+    ratios = _ratios(plain, trials, name)
+    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if trials is not plain and len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
+
+
+def _fill(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The one trial that filled the cache: others found it full."""
+    return max((t for row in rows if row != PLAIN for t in rows[row]), key=lambda t: t["fill_cpu_s"])
+
+
+def _filled(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    fill = _fill(rows)
+    return [f"cache: {fill['fill_images']} images in {fill['fill_s']:.1f} s ({fill['fill_cpu_s']:.1f} s of processor)"]
+
+
+def _targets(case: Case, rows: dict[str, list[dict[str, Any]]]) -> list[tuple[str, bool]]:
+    """The case's targets, by processor time, with the best of ours that has every lever."""
+    if case.target is None:
+        return []
+    kind, bound = case.target
+    plain = rows[PLAIN]
+    if kind == "memory":
+        name = min((row for row in rows if row.startswith("ours")), key=lambda row: _peak(rows[row]))
+        share = _peak(rows[name]) / _peak(plain)
+        return [(f"peak memory at most {bound:.0%} of the plain stack's: {share:.0%} ({name})", share <= bound)]
+    name = max(
+        (row for row in rows if row.startswith("ours") and not row.endswith("bf16 features")),
+        key=lambda row: statistics.median(_ratios(plain, rows[row], "cpu_s")),
+    )
+    speed = statistics.median(_ratios(plain, rows[name], "cpu_s"))
+    if kind == "speed":
+        return [(f"at least {bound:g} times the plain stack: {speed:.2f} ({name})", speed >= bound)]
+    ours, whole = (statistics.median(t["cpu_s"] for t in rows[row]) for row in (name, PLAIN))
+    three = 3 * whole / (3 * ours + _fill(rows)["fill_cpu_s"])
+    return [
+        (f"at least 3 times from the second epoch on: {speed:.2f} ({name})", speed >= 3),
+        (f"at least {bound:g} times over 3 epochs with the fill: {three:.2f}", three >= bound),
+    ]
+
+
+def _roofline(found: dict[str, Any]) -> None:
+    """Operations, what they take at the best rate of a matrix product, and the profile of the rest."""
+    best, looks = found["peak"], found["looks"]
+    print(
+        f"A matrix product reaches {best['gflops']:.0f} GFLOP/s by the clock and {best['gflops_cpu']:.0f} in a second "
+        "of processor time.\n\n| row | GFLOP a sample | at that rate | measured, processor | share of it | profile |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row, seen in looks.items():
+        flop = seen["gflop"] / seen["samples"]
+        cpu = statistics.median(t["cpu_s"] / t["samples"] for t in found["rows"][row])
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in seen["share"].items() if share >= 0.02)
+        print(
+            f"| {row} | {flop:.1f} | {flop / best['gflops_cpu']:.3f} s | {cpu:.3f} s "
+            f"| {flop / best['gflops_cpu'] / cpu:.0%} | {shares} |"
+        )
+    limit = looks[PLAIN]["gflop"] / looks["ours"]["gflop"]
+    print(f"\nBy operations alone, ours can be {limit:.2f} times as fast.\n")
 
 
 if __name__ == "__main__":

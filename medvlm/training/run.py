@@ -239,6 +239,7 @@ def _fit(
 
     quiet_libraries()
     from medvlm.training.collate import collate
+    from medvlm.training.pace import Pace
     from medvlm.training.preference import reference_log_probabilities
     from medvlm.training.tracking import tracked
     from medvlm.training.trainer import ProgressCallback, ScratchCallback, StageTrainer, StopCallback
@@ -252,8 +253,10 @@ def _fit(
     if dist.is_initialized():
         dist.barrier()
     latest = scratch.latest()
-    if latest and load is not None:
-        load.resume(latest[1])
+    pace = Pace(job.stage.global_batch)
+    for resumed in (pace, load):
+        if latest and resumed is not None:
+            resumed.resume(latest[1])
     if latest and job.engine.rank == 0:
         click.echo(f"going on from step {latest[0]} of {plan.steps}", err=True)
     progress = ProgressCallback(job.recipe.name, job.number, job.target, job.stage.global_batch)
@@ -289,10 +292,12 @@ def _fit(
             callbacks=[
                 progress,
                 stop,
+                pace,
                 *([load] if load else []),
                 ScratchCallback(scratch, checkpoints.keep, checkpoints.every_s),
                 *trackers,
             ],
+            pace=pace,
             expert_load=load,
         )
         try:

@@ -35,12 +35,20 @@ class StageTrainer(Trainer):
         recipe: Gives the parts' sizes, which scale the rates.
         stage: Gives objective and rates.
         scratch: Named in errors.
+        pace: Gets a point at each log, and the time spent waiting for data.
         expert_load: Counts where tokens go, in a model with experts.
         options: Passed to ``Trainer``.
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, scratch: Scratch, *, expert_load: ExpertLoad | None = None, **options: Any
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        scratch: Scratch,
+        *,
+        pace: Pace,
+        expert_load: ExpertLoad | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
@@ -50,7 +58,7 @@ class StageTrainer(Trainer):
         self._objective = objective_of(stage)
         self._measures: dict[str, list[float]] = {}
         self._expert_load = expert_load
-        self.pace = Pace(stage.global_batch)
+        self.pace = pace
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each part of the model."""
@@ -58,6 +66,13 @@ class StageTrainer(Trainer):
         groups = expert_groups(parameter_groups(opt_model, self._recipe, self._stage))
         self.optimizer = torch.optim.AdamW(groups, lr=self._stage.learning_rate)
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of a step; how long they kept the trainer waiting goes into the pace."""
+        if not self.pace.begun:
+            self.pace.begin(self.state.global_step)
+        with self.pace.waiting():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -67,8 +82,6 @@ class StageTrainer(Trainer):
         Raises:
             NonFiniteLoss: It is NaN or infinite, with the samples of the batch.
         """
-        if not self.pace.begun:
-            self.pace.begin(self.state.global_step)
         sample_ids = inputs.pop("sample_ids")
         spans = inputs.pop("spans", None)
         result = self._objective(model, inputs, num_items_in_batch)
