@@ -7,10 +7,11 @@ with batches padded to their longest sequence. Every row begins with the same we
 samples with the stock Trainer, AdamW and two threads, in a process of its own, so that its peak memory is its own.
 
 ``ours`` has every lever on but length groups, which change the order of the samples and have a row of their own;
-``only X`` has one lever on, ``without X`` all but one; these are measured in the first trial. Ratios are of the plain stack's time in the same trial, by the
-clock and by processor time, which is the steadier one where others use the machine too. The feature cache is full when
-an epoch begins; what filling it took stands below the table. Losses are compared step by step where the order is the
-same; exit code 1 where they differ by more than 1e-3 or a target is missed.
+``only X`` has one lever on, ``without X`` all but one; these two are measured in the first trial only. Ratios are of
+the plain stack's time in the same trial, by the clock and by processor time, which is the steadier one where others
+use the machine too. The feature cache is full when an epoch begins; what filling it took stands below the table.
+Losses are compared step by step where the order is the same; exit code 1 where they differ by more than 1e-3 or a
+target is missed.
 
 Below each table are a count of operations (matrix products and attention) and a profile of one epoch, and the most
 that the operations allow: their time at the best rate of a 2048 x 2048 matrix product in the same run.
