@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the language model")
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--keep", type=Path, help="a file of rows: those in it count, new ones are added")
+    parser.add_argument("--only", nargs="+", help="rows by name; one process is always among them")
     parser.add_argument("--no-hosts", action="store_true", help="without the rows that need root and Debian's ssh")
     arguments = parser.parse_args()
     # An end by signal is an orderly one: the hosts are taken away.
@@ -95,6 +96,8 @@ def main() -> None:
         first = max((row["trial"] for row in rows), default=-1) + 1
         for trial in range(first, first + arguments.trials):
             for setup in SETUPS:
+                if arguments.only and setup.name not in (ONE.name, *arguments.only):
+                    continue
                 if not setup.hosts or hosts:
                     rows.append({"trial": trial, "setup": setup.name, **run(folder, recipe, setup, hosts, arguments)})
                     if arguments.keep:

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("medvlm.commands.recipe:recipe", "List, show and check recipes."),
     "plan": ("medvlm.commands.plan:plan", "Reckon memory, hours and cost of a recipe on given hardware."),
     "train": ("medvlm.commands.train:train", "Train one stage of a recipe as a DeepSpeed job."),
+    "features": ("medvlm.commands.features:features", "Show and remove what frozen towers made of images."),
     "delta": ("medvlm.commands.delta:delta", "Add published delta weights to their base model, or make them."),
     "import-checkpoint": (
         "medvlm.commands.import_checkpoint:import_checkpoint",

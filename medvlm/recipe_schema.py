@@ -110,7 +110,7 @@ class Speed(Section):
     feature_cache: Annotated[bool, SIZE] = True
     """What a frozen tower makes of an image is kept on disk, in the precision of the stage."""
     feature_cache_gb: Annotated[float, Field(gt=0), SIZE] = 50.0
-    """Most disk that a stage may add to it, in GB."""
+    """Most disk that it may take, of all towers together, in GB: what was used longest ago gives way."""
     loss_at_labels: Annotated[bool, SIZE] = True
     """The vocabulary is projected to at tokens that are learned, a bounded number of them at once."""
     packing: Annotated[bool, SIZE] = True
@@ -119,6 +119,10 @@ class Speed(Section):
     """With ``image_sharing: prefix``, what questions of one image share is computed once."""
     length_groups: Annotated[bool, SIZE] = True
     """Sequences of like length share a batch. It changes the order of the samples."""
+    liger: Annotated[bool, SIZE] = True
+    """Liger's Triton kernels for norms, positions and feed-forward modules, on a GPU where they are installed."""
+    compile: Annotated[bool, SIZE] = False
+    """``torch.compile`` for the language model's layers. Off: measured in benchmarks/README.md, under Train."""
 
 
 class WordStart(Section):
@@ -208,7 +212,7 @@ class Stage(Section):
     and so does a job of one process. A size: the losses are the same."""
     offload_optimizer: bool
     gradient_checkpointing: Literal["auto", "on", "off"]
-    """``auto``: on where a GPU's memory is what is scarce, off on the CPU."""
+    """``auto``: on where ``medvlm plan`` reckons that a device's memory is short without it."""
     max_length: Size
     """Tokens of a sequence, image included. Longer text is cut from the oldest turns, and counted."""
 

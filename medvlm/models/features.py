@@ -86,6 +86,8 @@ class FeatureCache:
         self._disk, self._torch = _STORED[precision]
         self._mapped: dict[Path, Any] = {}
         self._places: dict[str, _Place] = {}
+        self.held: Any = None
+        """What keeps it from being pruned, see ``hold_features``."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -102,6 +104,11 @@ class FeatureCache:
     def missing(self, images: Sequence[str]) -> list[str]:
         """Those that are not kept yet, in their order, each once."""
         return [sha256 for sha256 in dict.fromkeys(images) if sha256 not in self._places]
+
+    @property
+    def images(self) -> int:
+        """How many images are kept."""
+        return len(self._places)
 
     @property
     def image_bytes(self) -> int:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medvlm.errors import TrainingError
@@ -44,13 +44,23 @@ class Engine:
     """Micro-batches an optimiser step."""
     zero_stage: int
     gradient_checkpointing: bool
+    packing: str = "off"
+    """``varlen`` with flash-attention, ``mask`` elsewhere, or ``off``."""
+    liger: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         plural = "process" if self.processes == 1 else "processes"
-        checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
+        more = {
+            f", rows packed ({self.packing})": self.packing != "off",
+            ", gradient checkpointing": self.gradient_checkpointing,
+            ", Liger kernels": self.liger,
+            ", compiled layers": self.compiled,
+        }
         return (
             f"{self.processes} {plural} on {self.device}, {self.precision}, {self.attention} attention, "
-            f"ZeRO-{self.zero_stage}, micro-batch {self.micro_batch} x {self.accumulation}{checkpointing}"
+            f"ZeRO-{self.zero_stage}, micro-batch {self.micro_batch} x {self.accumulation}"
+            f"{''.join(words for words, on in more.items() if on)}"
         )
 
 
@@ -115,21 +125,57 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
     import torch
 
     from medvlm.models.checkpoint import attention_implementation
+    from medvlm.training.kernels import liger_serves
 
     cuda = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch, accumulation = split_batch(recipe, stage, processes)
+    precision = _precision(recipe, stage, cuda)
+    # Flash-attention has no kernel for float32.
+    attention = "sdpa" if precision == "fp32" else attention_implementation()
+    # A pair's two answers stand side by side, each in a row of its own.
+    packed = stage.speed.packing and stage.objective != "dpo"
     return Engine(
         device="cuda" if cuda else "cpu",
-        precision=_precision(recipe, stage, cuda),
-        attention=attention_implementation(),
+        precision=precision,
+        attention=attention,
         processes=processes,
         rank=int(os.environ.get("RANK", "0")),
         micro_batch=micro_batch,
         accumulation=accumulation,
         zero_stage=stage.zero_stage,
-        gradient_checkpointing=cuda if stage.gradient_checkpointing == "auto" else stage.gradient_checkpointing == "on",
+        gradient_checkpointing=_checkpointing(recipe, stage, cuda, processes, micro_batch),
+        packing="off" if not packed else "varlen" if attention == "flash_attention_2" else "mask",
+        liger=liger_serves(recipe, stage, cuda=cuda),
+        compiled=stage.speed.compile,
     )
+
+
+def _checkpointing(recipe: Recipe, stage: Stage, cuda: bool, processes: int, micro_batch: int) -> bool:
+    """As ``medvlm plan`` has it for this machine's device; processes of one host without GPUs share its memory."""
+    if stage.gradient_checkpointing != "auto":
+        return stage.gradient_checkpointing == "on"
+    import torch
+
+    from medvlm.training.footprint import Setup, model_shape, own_tuning, recomputes
+    from medvlm.training.hardware import Device, parse_hardware
+
+    if cuda:
+        gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        device = Device("this GPU", 0, gib, 0, _precision(recipe, stage, cuda))
+    else:
+        device = parse_hardware("CPU").device
+        device = replace(device, gib=device.gib / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    setup = Setup(
+        device=device,
+        processes=processes,
+        micro_batch=micro_batch,
+        zero_stage=stage.zero_stage,
+        tuning=own_tuning(stage),
+        gradient_checkpointing=False,
+        offload_optimizer=stage.offload_optimizer,
+    )
+    return recomputes(recipe, stage, model_shape(recipe, stage), setup)
 
 
 def split_batch(recipe: Recipe, stage: Stage, processes: int) -> tuple[int, int]:
@@ -167,6 +213,9 @@ def _precision(recipe: Recipe, stage: Stage, cuda: bool) -> str:
 def deepspeed_config(stage: Stage, engine: Engine) -> dict[str, Any]:
     """DeepSpeed's settings; what the Trainer knows too is left to it (``auto``)."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage in (1, 2):
+        # Each process gets the sum of its own part; all-reducing everything sends twice as much.
+        zero["use_multi_rank_bucket_allreduce"] = False
     if engine.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if stage.offload_optimizer and engine.device == "cuda":

@@ -6,7 +6,7 @@ Letters in the formulas: T tokens of a sequence, D width, F width of the feed-fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from medvlm.recipe_schema import Part, Recipe, Stage
@@ -23,6 +23,7 @@ __all__ = [
     "memory_by_part",
     "model_shape",
     "own_tuning",
+    "recomputes",
     "trained_parameters",
 ]
 
@@ -38,6 +39,8 @@ _BUCKET_ELEMENTS = 5e8
 """DeepSpeed's reduce_bucket_size."""
 _GATHERED_ELEMENTS = 1e9
 """DeepSpeed's stage3_max_live_parameters."""
+_COMFORTABLE = 0.8
+"""Share of a device's memory that a reckoned step may take without recomputing: an estimate is not a measurement."""
 _EXPERT = re.compile(r"\bexperts?\.(?:[a-z_]+\.)*(\d+)\.")
 
 
@@ -190,6 +193,21 @@ def _experts(recipe: Recipe, shape: Shape) -> float:
     return shape.idle * recipe.model.moe.experts / (recipe.model.moe.experts - 1) if recipe.model.moe else 0.0
 
 
+def recomputes(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> bool:
+    """Whether a stage makes its activations again in the backward pass: as it says, or where memory is short.
+
+    Args:
+        recipe: The recipe.
+        stage: ``gradient_checkpointing`` decides; with ``auto`` the memory that a step takes without it does.
+        shape: Of the model in that stage.
+        setup: Its own ``gradient_checkpointing`` is not looked at.
+    """
+    if stage.gradient_checkpointing != "auto":
+        return stage.gradient_checkpointing == "on"
+    kept = memory_by_part(recipe, stage, shape, replace(setup, gradient_checkpointing=False))
+    return sum(kept.values()) > _COMFORTABLE * setup.device.gib * 2**30
+
+
 def _answers(stage: Stage) -> int:
     """Sequences of one sample: a preference pair has two."""
     return 2 if stage.objective == "dpo" else 1
@@ -267,9 +285,9 @@ def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, token
     return Load(
         operations=setup.micro_batch * (forward * passes + seeing + projecting),
         # ZeRO-3 gathers every weight for the forward and again for the backward pass, and scatters gradients' sums.
-        # ZeRO-1 and 2 in DeepSpeed all-reduce gradients (use_multi_rank_bucket_allreduce), which is a scatter and a
-        # gather, and gather the new weights as well: benchmarks/scaling.py counted these bytes on a link.
-        sent={0: 0.0, 1: 0.0, 2: 2 * learned, 3: 2 * weights + learned}[zero],
-        sent_a_step={0: 2 * learned, 1: 3 * learned, 2: learned, 3: 0.0}[zero],
+        # ZeRO-1 and 2 reduce each part of the gradients to the process that owns it, and gather the new weights:
+        # benchmarks/scaling.py counted the bytes on a link.
+        sent={0: 0.0, 1: 0.0, 2: learned, 3: 2 * weights + learned}[zero],
+        sent_a_step={0: 2 * learned, 1: 2 * learned, 2: learned, 3: 0.0}[zero],
         host=2 * gradients / setup.processes if setup.offload_optimizer else 0.0,
     )

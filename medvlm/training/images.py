@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from medvlm.models.feature_store import hold_features, kept_features, prune_features
 from medvlm.models.features import FeatureCache, feature_key, tower_features
 from medvlm.recipe_schema import Stage
 from medvlm.store import Workspace
@@ -37,7 +39,8 @@ def image_store(
     """Features from the workspace's cache where that pays, else pixels; says which, and what it takes.
 
     The cache is off where the tower learns, where each image is read about once, where the stage says so, and where
-    the disk it needs is more than the stage allows or than is free.
+    the disk it needs is more than the stage allows or than is free. Caches of other towers that were used longest ago
+    are removed where this one would not fit beside them.
 
     Args:
         workspace: The cache lies in its scratch.
@@ -57,14 +60,19 @@ def image_store(
     wanted, readings = plan.images(samples)
     key = feature_key(start, engine.precision)
     shape = (start.recipe.model.image_tokens, start.recipe.model.vision_tower.hidden_size)
-    cache = FeatureCache(workspace.scratch("features", key), shape, engine.precision)
+    folder = workspace.scratch("features", key)
+    used = hold_features(folder, f"{start.recipe.name}, {start.recipe.model.vision_tower.weights}, {engine.precision}")
+    cache = FeatureCache(folder, shape, engine.precision)
 
     def look() -> tuple[list[str], bool]:
         missing = cache.missing(list(wanted))
-        return missing, not missing or _fits(stage, engine, cache, len(wanted), len(missing), readings)
+        return missing, not missing or _fits(workspace, stage, engine, cache, len(wanted), len(missing), readings)
 
     missing, kept = _agreed(engine, look)
     if not kept:
+        used.close()
+        if engine.rank == 0 and not cache.images:
+            shutil.rmtree(folder, ignore_errors=True)
         return pixels
     own = missing[engine.rank :: engine.processes]
     if own:
@@ -75,7 +83,12 @@ def image_store(
 
         dist.barrier()
         cache.refresh()
-    return lambda sample: cache[sample.image_sha256]
+
+    def features(sample: StageSample) -> Tensor:
+        return cache[sample.image_sha256]
+
+    cache.held = used  # as long as the run can read from it
+    return features
 
 
 def _agreed(engine: Engine, look: Callable[[], tuple[list[str], bool]]) -> tuple[list[str], bool]:
@@ -92,20 +105,30 @@ def _agreed(engine: Engine, look: Callable[[], tuple[list[str], bool]]) -> tuple
     return seen[0]
 
 
-def _fits(stage: Stage, engine: Engine, cache: FeatureCache, images: int, missing: int, readings: int) -> bool:
+def _fits(
+    workspace: Workspace, stage: Stage, engine: Engine, cache: FeatureCache, images: int, missing: int, readings: int
+) -> bool:
     size, limit = missing * cache.image_bytes, stage.speed.feature_cache_gb * 1e9
     text = f"feature cache: {missing:,} images x {cache.image_bytes / 1e3:,.0f} KB = {size / 1e9:.2f} GB"
     where = f"stages.{stage.name}.speed.feature_cache_gb"
+    removed = ""
     if readings < _REUSE * images:
         reason = "off: each image is read about once"
     elif size > limit:
         reason = f"off: more than {where}, {stage.speed.feature_cache_gb:g}"
-    elif size > 0.9 * cache.free_bytes():
-        reason = f"off: only {cache.free_bytes() / 1e9:.2f} GB of disk are free"
     else:
-        reason = ""
+        gone = prune_features(workspace, limit - size, spare=cache.folder.name)
+        taken = sum(one.bytes for one in kept_features(workspace))
+        if gone:
+            removed = f"; {len(gone)} older removed, {sum(one.bytes for one in gone) / 1e9:.2f} GB"
+        if taken + size > limit:
+            reason = f"off: with {taken / 1e9:.2f} GB kept more than {where}, {stage.speed.feature_cache_gb:g}"
+        elif size > 0.9 * cache.free_bytes():
+            reason = f"off: only {cache.free_bytes() / 1e9:.2f} GB of disk are free"
+        else:
+            reason = ""
     if engine.rank == 0:
-        click.echo(f"{text} in {cache.folder}{f'; {reason}' if reason else ''}", err=True)
+        click.echo(f"{text} in {cache.folder}{removed}{f'; {reason}' if reason else ''}", err=True)
     return not reason
 
 

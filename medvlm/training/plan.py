@@ -20,6 +20,7 @@ from medvlm.training.footprint import (
     memory_by_part,
     model_shape,
     own_tuning,
+    recomputes,
     trained_parameters,
 )
 from medvlm.training.hardware import DEVICES, Hardware
@@ -174,11 +175,10 @@ def _planned(
         micro_batch=micro_batch,
         zero_stage=_zero_stage(stage.zero_stage, own),
         tuning=own,
-        gradient_checkpointing=hardware.device.is_gpu
-        if stage.gradient_checkpointing == "auto"
-        else stage.gradient_checkpointing == "on",
+        gradient_checkpointing=False,
         offload_optimizer=stage.offload_optimizer,
     )
+    setup = dataclasses.replace(setup, gradient_checkpointing=recomputes(recipe, stage, shape, setup))
     loads = [
         stage_workload(recipe, number, target, workspace=workspace, samples=samples.get(stage.name))
         for target in recipe.targets(number)

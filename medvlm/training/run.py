@@ -149,6 +149,7 @@ def _train(job: Job, *, fresh: bool) -> _Trained:
     from medvlm.training.collate import ConversationEncoder
     from medvlm.training.data import PixelStore, StagePlan, TrainingSet, stage_samples
     from medvlm.training.images import image_store
+    from medvlm.training.kernels import prepare_kernels
     from medvlm.training.lora import attach, detach, take_adapter
     from medvlm.training.marks import attach_marks, detach_marks, take_marks
     from medvlm.training.params import freeze, parameter_counts
@@ -163,8 +164,7 @@ def _train(job: Job, *, fresh: bool) -> _Trained:
         attach(start.model, job.recipe, stage)
     attach_marks(start.model, start.tokenizer, job.recipe, stage)
     freeze(start.model, stage)
-    if not stage.speed.loss_at_labels:
-        start.model.head_tokens = None
+    prepare_kernels(start.model, stage, job.engine)
     plan = StagePlan(samples, stage, job.recipe.seed)
     encoder = ConversationEncoder(job.recipe, start.tokenizer, stage.template, stage.max_length)
     # Flash-attention knows no trees: there, questions of one image stand apart.
@@ -266,8 +266,7 @@ def _fit(
     batched = functools.partial(
         collate,
         pad_id=pad_id,
-        # A pair's two answers stand side by side, each in a row of its own.
-        packing=job.stage.speed.packing and not dpo,
+        packing=job.engine.packing != "off",
         varlen=job.engine.attention == "flash_attention_2" and not dpo,
     )
     if dpo:

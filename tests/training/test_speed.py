@@ -34,6 +34,26 @@ def losses(trained: TrainedTwin, folder: Path, *overrides: str, stage: int = 2) 
     return [point["loss"] for point in curve]
 
 
+def test_an_older_cache_gives_way_where_both_are_too_much(
+    trained: TrainedTwin, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "ws/scratch/features/old"
+    old.mkdir(parents=True)
+    (old / "shard.bin").write_bytes(bytes(200_000))
+    # 40 images take 492 KB.
+    losses(trained, tmp_path / "ws", "stages.align.speed.feature_cache_gb=0.0005", "stages.align.max_steps=2", stage=1)
+    assert "1 older removed" in capfd.readouterr().err and not old.exists()
+    assert list((tmp_path / "ws/scratch/features").rglob("*.bin"))
+
+
+def test_compiled_layers_leave_the_losses_as_they_are(trained: TrainedTwin, tmp_path: Path, monkeypatch: Any) -> None:
+    # Without the inductor, whose C++ takes a minute: what is compiled, and how the weights are saved, is the same.
+    monkeypatch.setattr("torch._dynamo.backends.registry.lookup_backend", lambda _: lambda graph, _: graph)
+    steps = f"stages.instruct.max_steps={STEPS}"
+    on = losses(trained, tmp_path / "ws", steps, "stages.instruct.speed.compile=true")
+    assert on == pytest.approx(losses(trained, tmp_path / "ws", steps), abs=1e-4)
+
+
 @pytest.mark.parametrize("lever", ["feature_cache", "loss_at_labels", "packing"])
 def test_a_lever_leaves_the_losses_as_they_are(trained: TrainedTwin, tmp_path: Path, lever: str) -> None:
     steps = f"stages.instruct.max_steps={STEPS}"
@@ -80,5 +100,5 @@ def test_the_cache_is_off_where_it_does_not_serve(
 ) -> None:
     found = losses(trained, tmp_path / "ws", "stages.instruct.max_steps=4", override)
     assert found and all(torch.isfinite(torch.tensor(found)))
-    assert not list((tmp_path / "ws").rglob("*.bin"))
+    assert not list((tmp_path / "ws").rglob("*.bin")) and not list((tmp_path / "ws/scratch").glob("features/*"))
     assert word in capfd.readouterr().err
