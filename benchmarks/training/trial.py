@@ -177,7 +177,7 @@ def trial(case: Any, row: str, folder: str, *, watch: bool = False) -> dict[str,
         with epoch:
             trainer.train()
     return {
-        "samples": sum(len(entry["sample_ids"]) for entry in rows),
+        "samples": sum(len(rows[place]["sample_ids"]) for place in range(len(rows))),
         "clock_s": epoch.clock_s,
         "cpu_s": epoch.cpu_s,
         "wait_s": waited.clock_s,
