@@ -140,7 +140,8 @@ def step(case: Case, stage: StagePlanned) -> tuple[float, float]:
     """Of an optimiser step: seconds of arithmetic at ``TUNED``, and GB that a GPU sends."""
     recipe, device = load_recipe(RECIPE), parse_hardware(DEVICE).device
     _, of_recipe = recipe.stage(case.stage)
-    setup = Setup(device, case.gpus, case.micro, case.zero, "full", True, offload_optimizer=False)
+    again = stage.gradient_checkpointing
+    setup = Setup(device, case.gpus, case.micro, case.zero, "full", again, offload_optimizer=False)
     load = load_of_step(recipe, of_recipe, model_shape(recipe, of_recipe), setup, stage.tokens_per_sequence)
     seconds = stage.accumulation * load.operations / (device.tflops * 1e12 * TUNED)
     return seconds, (stage.accumulation * load.sent + load.sent_a_step) / 1e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,7 @@ from typing import IO, Any
 from medvlm.errors import WorkspaceError
 from medvlm.store import Workspace, read_json, write_json
 
-__all__ = ["KeptFeatures", "hold_features", "kept_features", "prune_features"]
+__all__ = ["Hold", "KeptFeatures", "hold_features", "kept_features", "prune_features"]
 
 _MARK = ".used"
 """A file of each cache: locked while a run reads it, written at each use. Not an index: it begins with a dot."""
@@ -34,8 +35,15 @@ class KeptFeatures:
     folder: Path
 
 
-def hold_features(folder: Path, about: str) -> IO[bytes]:
-    """Note a use of a cache and keep it from being pruned, until the file that is returned is closed.
+class Hold:
+    """A cache in use: nobody prunes it until this is closed or gone."""
+
+    def __init__(self, mark: IO[bytes]) -> None:
+        self.close = weakref.finalize(self, mark.close)
+
+
+def hold_features(folder: Path, about: str) -> Hold:
+    """Note a use of a cache and keep it from being pruned.
 
     Args:
         folder: Of the cache; made where it is not there yet.
@@ -56,7 +64,7 @@ def hold_features(folder: Path, about: str) -> IO[bytes]:
         ) from error
     mark.write(b"\n")
     mark.flush()
-    return mark
+    return Hold(mark)
 
 
 def kept_features(workspace: Workspace) -> list[KeptFeatures]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medvlm.models.checkpoint import Checkpoint
+    from medvlm.models.feature_store import Hold
 
 __all__ = ["FeatureCache", "feature_key", "tower_features"]
 
@@ -86,7 +87,7 @@ class FeatureCache:
         self._disk, self._torch = _STORED[precision]
         self._mapped: dict[Path, Any] = {}
         self._places: dict[str, _Place] = {}
-        self.held: Any = None
+        self.held: Hold | None = None
         """What keeps it from being pruned, see ``hold_features``."""
         self.refresh()
 
