@@ -16,7 +16,8 @@ target is missed.
 Below each table are a count of operations (matrix products and attention) and a profile of one epoch, and the most
 that the operations allow: their time at the best rate of a 2048 x 2048 matrix product in the same run.
 
-With ``--parts``, each case is kept in a file of that folder, and one that is there is shown and not run again.
+With ``--parts``, each trial is kept in that folder, and one that is there is not run again: what was cut short goes on
+where it stopped.
 Without ``--data``, texts are drawn, and the cases of real questions are left out.
 """
 
@@ -38,6 +39,7 @@ from typing import Any
 PLAIN = "plain"
 TOLERANCE = 1e-3
 LEVERS = ("feature_cache", "loss_at_labels", "packing", "length_groups")
+LOOKS = (PLAIN, "ours")
 REORDERED = ("ours, length groups too", "only length_groups")
 
 # A LLaVA of about 30 million parameters: a tower of CLIP ViT's shape, and a Llama.
@@ -89,10 +91,10 @@ FEW = (PLAIN, "ours", "ours, length groups too", *ALONE)
 EACH_TIME = (PLAIN, "ours", "ours, length groups too")
 MEMORY = (PLAIN, "ours", "without loss_at_labels", "ours, checkpointing")
 CASES = {
-    "small-align": Case("30 M, stage 1, VQA-RAD", 1, "vqa-rad", EVERY, model=SMALL, steps=2),
+    "small-align": Case("30 M, stage 1, VQA-RAD", 1, "vqa-rad", EVERY, model=SMALL, steps=2, batch=4),
     "small-instruct": Case(
         "30 M, stage 2, long conversations", 2, "conversations", (*EVERY, "ours, compiled", "ours, checkpointing"),
-        model=SMALL, steps=2, target=("speed", 2),
+        model=SMALL, steps=2, batch=4, target=("speed", 2),
     ),
     "small-shared": Case(
         "30 M, stage 2, SLAKE, six questions of each image", 2, "slake", (PLAIN, "ours", "without shared_prefix"),
@@ -100,28 +102,28 @@ CASES = {
     ),
     "small-vit-l": Case(
         "30 M's language model and a tower of CLIP ViT-L/14's size, stage 1, captions", 1, "captions",
-        (PLAIN, "ours"), model=(*SMALL, *VIT_L), steps=2, batch=4, target=("fill", 2),
+        (PLAIN, "ours"), model=(*SMALL, *VIT_L), steps=2, batch=2, target=("fill", 2),
     ),
     "smol-vit-l": Case(
         "SmolLM2-135M and a tower of CLIP ViT-L/14's size, stage 1, captions", 1, "captions",
-        (PLAIN, "ours", "ours, length groups too"), smol=True, model=VIT_L, steps=2, batch=4, target=("fill", 2),
+        (PLAIN, "ours"), smol=True, model=VIT_L, steps=2, batch=2, target=("fill", 2),
     ),
     "smol-vit-l-shared": Case(
         "SmolLM2-135M and a tower of CLIP ViT-L/14's size, stage 1, SLAKE, four questions of each image", 1, "slake",
-        (PLAIN, "ours"), smol=True, model=VIT_L, steps=2, batch=2, per_image=4, target=("fill", 2),
+        (PLAIN, "ours"), smol=True, model=VIT_L, steps=1, batch=2, per_image=4, target=("fill", 2),
     ),
-    "smol-align": Case("smol-llava-med, stage 1, SLAKE", 1, "slake", FEW, smol=True, steps=2),
+    "smol-align": Case("smol-llava-med, stage 1, SLAKE", 1, "slake", FEW, smol=True, steps=2, batch=4),
     "smol-instruct": Case(
         "smol-llava-med, stage 2, long conversations", 2, "conversations", (*FEW, "ours, compiled"), smol=True, steps=2,
         batch=4, target=("speed", 2),
     ),
     "small-memory": Case(
         "30 M, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, model=(*SMALL, WIDE),
-        steps=1, batch=2, longest=80, trials=1, target=("memory", 0.6),
+        steps=1, batch=1, longest=80, trials=1, target=("memory", 0.6),
     ),
     "smol-memory": Case(
         "smol-llava-med, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, smol=True,
-        steps=1, batch=2, longest=80, trials=1, target=("memory", 0.6),
+        steps=1, batch=1, longest=80, trials=1, target=("memory", 0.6),
     ),
 }  # fmt: skip
 
@@ -132,8 +134,8 @@ def main() -> None:
     parser.add_argument("--data", help="folder of vqa-rad, slake and llava-med as they were released")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--parts", type=Path, help="keeps each case; one that is there is not run again")
-    parser.add_argument("--rows", nargs="+", help="only these rows, beside the plain stack")
+    parser.add_argument("--parts", type=Path, help="keeps each trial; what is there is not run again")
+    parser.add_argument("--show", action="store_true", help="print what --parts has and run nothing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         parts: Path = arguments.parts or Path(scratch)
@@ -141,12 +143,14 @@ def main() -> None:
         missed = False
         for name in arguments.case:
             case, path = CASES[name], parts / f"{name}.json"
-            if case.samples in ("vqa-rad", "slake") and not arguments.data and not path.exists():
+            if case.samples in ("vqa-rad", "slake") and not arguments.data and not arguments.show:
                 print(f"### {case.title}\n\nNot run: it needs --data.\n")
                 continue
-            if not path.exists():
-                path.write_text(json.dumps(measured(case, arguments), indent=1))
-            missed |= report(case, json.loads(path.read_text()))
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if not arguments.show:
+                measure(case, arguments, found, path)
+            if found.get("looks"):
+                missed |= report(case, found)
     sys.exit(int(missed))
 
 
@@ -156,8 +160,8 @@ def alone(function: Callable[..., Any], *values: Any) -> Any:
         return pool.submit(function, *values).result()
 
 
-def measured(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every row once a trial; then the plain stack and ours once more, watched."""
+def measure(case: Case, arguments: argparse.Namespace, found: dict[str, Any], path: Path) -> None:
+    """Every row once a trial; then the plain stack and ours once more, watched. What was found before stays."""
     sys.path.insert(0, str(Path(__file__).parent))
     # Before any library is imported, in whose server the trials' processes begin.
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"})
@@ -165,16 +169,23 @@ def measured(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["training.trial", "transformers.trainer"])
     from training import trial
 
-    rows = [row for row in case.rows if not arguments.rows or row == PLAIN or row in arguments.rows]
+    kept: dict[str, list[Any]] = found.setdefault("rows", {row: [] for row in case.rows})
+    looks: dict[str, Any] = found.setdefault("looks", {})
+    trials = range(min(arguments.trials, case.trials or arguments.trials))
+    wanted = [(number, row) for number in trials for row in case.rows if number == 0 or row in EACH_TIME]
+    wanted = [(number, row) for number, row in wanted if len(kept[row]) <= number]
+    if not wanted and len(looks) == len(LOOKS):
+        return
     with tempfile.TemporaryDirectory() as folder:
-        what = alone(trial.prepare, case, folder, arguments.data)
-        found: dict[str, Any] = {"what": what, "peak": alone(trial.peak, case.precision), "rows": {r: [] for r in rows}}
-        for number in range(min(arguments.trials, case.trials or arguments.trials)):
-            for row in rows if number == 0 else [row for row in rows if row in EACH_TIME]:
-                print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
-                found["rows"][row].append(alone(trial.trial, case, row, folder))
-        found["looks"] = {row: alone(trial.look, case, row, folder) for row in (PLAIN, "ours")}
-    return found
+        found["what"] = alone(trial.prepare, case, folder, arguments.data)
+        found["peak"] = alone(trial.peak, case.precision)
+        for number, row in wanted:
+            print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
+            kept[row].append(alone(trial.trial, case, row, folder))
+            path.write_text(json.dumps(found, indent=1))
+        for row in (row for row in LOOKS if row not in looks):
+            looks[row] = alone(trial.look, case, row, folder)
+            path.write_text(json.dumps(found, indent=1))
 
 
 def report(case: Case, found: dict[str, Any]) -> bool:
