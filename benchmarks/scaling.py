@@ -169,6 +169,8 @@ def listen(event: Mapping[str, Any]) -> None:
 
     From the first step's end to the last one's: neither start nor saving is in it.
     """
+    if "step" not in event:
+        return  # the feature cache tells how far it is, too
     import psutil
     from deepspeed import comm
 

@@ -34,6 +34,7 @@ def test_reports_count_what_was_learned(trained: TrainedTwin) -> None:
         assert written is not None and written.fingerprint == report.fingerprint
         assert report.versions["deepspeed"] and report.seed == 42
         assert report.metrics["samples_per_second"] > 0 and report.metrics["peak_memory_mb"] > 0
+        assert 0 < report.metrics["data_wait_share"] < 1
         paces = report.details["pace"].values()
         assert sum(len(pace) for pace in paces) == report.counts["steps"]
 
