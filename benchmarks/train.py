@@ -27,6 +27,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -176,16 +177,20 @@ def measure(case: Case, arguments: argparse.Namespace, found: dict[str, Any], pa
     wanted = [(number, row) for number, row in wanted if len(kept[row]) <= number]
     if not wanted and len(looks) == len(LOOKS):
         return
-    with tempfile.TemporaryDirectory() as folder:
-        found["what"] = alone(trial.prepare, case, folder, arguments.data)
+    folder = path.with_suffix("")
+    if "what" not in found:
+        folder.mkdir(parents=True, exist_ok=True)
+        found["what"] = alone(trial.prepare, case, str(folder), arguments.data)
         found["peak"] = alone(trial.peak, case.precision)
-        for number, row in wanted:
-            print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
-            kept[row].append(alone(trial.trial, case, row, folder))
-            path.write_text(json.dumps(found, indent=1))
-        for row in (row for row in LOOKS if row not in looks):
-            looks[row] = alone(trial.look, case, row, folder)
-            path.write_text(json.dumps(found, indent=1))
+        path.write_text(json.dumps(found, indent=1))
+    for number, row in wanted:
+        print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
+        kept[row].append(alone(trial.trial, case, row, str(folder)))
+        path.write_text(json.dumps(found, indent=1))
+    for row in (row for row in LOOKS if row not in looks):
+        looks[row] = alone(trial.look, case, row, str(folder))
+        path.write_text(json.dumps(found, indent=1))
+    shutil.rmtree(folder)
 
 
 def report(case: Case, found: dict[str, Any]) -> bool:
