@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--parts", type=Path, help="keeps each trial; what is there is not run again")
+    parser.add_argument("--rows", nargs="+", help="only these rows now; with --parts others can follow")
     parser.add_argument("--show", action="store_true", help="print what --parts has and run nothing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +151,7 @@ def main() -> None:
             found = json.loads(path.read_text()) if path.exists() else {}
             if not arguments.show:
                 measure(case, arguments, found, path)
-            if found.get("looks"):
+            if found.get("rows", {}).get(PLAIN) and found["rows"]["ours"]:
                 missed |= report(case, found)
     sys.exit(int(missed))
 
@@ -175,6 +176,7 @@ def measure(case: Case, arguments: argparse.Namespace, found: dict[str, Any], pa
     trials = range(min(arguments.trials, case.trials or arguments.trials))
     wanted = [(number, row) for number in trials for row in case.rows if number == 0 or row in EACH_TIME]
     wanted = [(number, row) for number, row in wanted if len(kept[row]) <= number]
+    wanted = [(number, row) for number, row in wanted if not arguments.rows or row in arguments.rows]
     if not wanted and len(looks) == len(LOOKS):
         return
     folder = path.with_suffix("")
@@ -187,15 +189,16 @@ def measure(case: Case, arguments: argparse.Namespace, found: dict[str, Any], pa
         print(f"{case.title}: trial {number + 1}, {row}", file=sys.stderr, flush=True)
         kept[row].append(alone(trial.trial, case, row, str(folder)))
         path.write_text(json.dumps(found, indent=1))
-    for row in (row for row in LOOKS if row not in looks):
+    for row in (row for row in LOOKS if row not in looks and not arguments.rows):
         looks[row] = alone(trial.look, case, row, str(folder))
         path.write_text(json.dumps(found, indent=1))
-    shutil.rmtree(folder)
+    if not arguments.parts:
+        shutil.rmtree(folder)
 
 
 def report(case: Case, found: dict[str, Any]) -> bool:
     """Print a case; whether losses disagree or its target is missed."""
-    rows: dict[str, list[dict[str, Any]]] = found["rows"]
+    rows: dict[str, list[dict[str, Any]]] = {row: trials for row, trials in found["rows"].items() if trials}
     plain = rows[PLAIN]
     print(f"### {case.title}\n\n{found['what']}, {found['peak']['threads']} threads, {len(plain)} trials.\n")
     print(
@@ -299,6 +302,8 @@ def _roofline(found: dict[str, Any]) -> None:
             f"| {row} | {flop:.1f} | {flop / best['gflops_cpu']:.3f} s | {cpu:.3f} s "
             f"| {flop / best['gflops_cpu'] / cpu:.0%} | {shares} |"
         )
+    if len(looks) < len(LOOKS):
+        return
     limit = looks[PLAIN]["gflop"] / looks["ours"]["gflop"]
     print(f"\nBy operations alone, ours can be {limit:.2f} times as fast.\n")
 

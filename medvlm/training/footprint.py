@@ -39,7 +39,7 @@ _BUCKET_ELEMENTS = 5e8
 """DeepSpeed's reduce_bucket_size."""
 _GATHERED_ELEMENTS = 1e9
 """DeepSpeed's stage3_max_live_parameters."""
-_COMFORTABLE = 0.8
+_COMFORTABLE = 0.7
 """Share of a device's memory that a reckoned step may take without recomputing: an estimate is not a measurement."""
 _EXPERT = re.compile(r"\bexperts?\.(?:[a-z_]+\.)*(\d+)\.")
 
