@@ -213,9 +213,6 @@ def _precision(recipe: Recipe, stage: Stage, cuda: bool) -> str:
 def deepspeed_config(stage: Stage, engine: Engine) -> dict[str, Any]:
     """DeepSpeed's settings; what the Trainer knows too is left to it (``auto``)."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage in (1, 2):
-        # Each process gets the sum of its own part; all-reducing everything sends twice as much.
-        zero["use_multi_rank_bucket_allreduce"] = False
     if engine.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if stage.offload_optimizer and engine.device == "cuda":

@@ -285,9 +285,10 @@ def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, token
     return Load(
         operations=setup.micro_batch * (forward * passes + seeing + projecting),
         # ZeRO-3 gathers every weight for the forward and again for the backward pass, and scatters gradients' sums.
-        # ZeRO-1 and 2 reduce each part of the gradients to the process that owns it, and gather the new weights:
-        # benchmarks/scaling.py counted the bytes on a link.
-        sent={0: 0.0, 1: 0.0, 2: learned, 3: 2 * weights + learned}[zero],
-        sent_a_step={0: 2 * learned, 1: 2 * learned, 2: learned, 3: 0.0}[zero],
+        # ZeRO-1 and 2 in DeepSpeed all-reduce gradients (use_multi_rank_bucket_allreduce), which is a scatter and a
+        # gather, and gather the new weights as well: benchmarks/scaling.py counted these bytes on a link. Reducing each
+        # part to its owner instead sent as many over gloo.
+        sent={0: 0.0, 1: 0.0, 2: 2 * learned, 3: 2 * weights + learned}[zero],
+        sent_a_step={0: 2 * learned, 1: 3 * learned, 2: learned, 3: 0.0}[zero],
         host=2 * gradients / setup.processes if setup.offload_optimizer else 0.0,
     )
