@@ -76,7 +76,7 @@ class Case:
     batch: int = 8
     per_image: int = 1
     max_length: int = 2048
-    longest: int = 10
+    longest: int = 16
     """Questions of a conversation."""
     precision: str = "fp32"
     trials: int | None = None
@@ -95,7 +95,7 @@ CASES = {
     "small-align": Case("30 M, stage 1, VQA-RAD", 1, "vqa-rad", EVERY, model=SMALL, steps=2, batch=4),
     "small-instruct": Case(
         "30 M, stage 2, long conversations", 2, "conversations", (*EVERY, "ours, compiled", "ours, checkpointing"),
-        model=SMALL, steps=2, batch=4, target=("speed", 2),
+        model=SMALL, steps=2, batch=8, target=("speed", 2),
     ),
     "small-shared": Case(
         "30 M, stage 2, SLAKE, six questions of each image", 2, "slake", (PLAIN, "ours", "without shared_prefix"),
@@ -120,11 +120,11 @@ CASES = {
     ),
     "small-memory": Case(
         "30 M, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, model=(*SMALL, WIDE),
-        steps=1, batch=1, longest=80, trials=1, target=("memory", 0.6),
+        steps=1, batch=1, longest=10**6, trials=1, target=("memory", 0.6),
     ),
     "smol-memory": Case(
         "smol-llava-med, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, smol=True,
-        steps=1, batch=1, longest=80, trials=1, target=("memory", 0.6),
+        steps=1, batch=1, longest=10**6, trials=1, target=("memory", 0.6),
     ),
 }  # fmt: skip
 

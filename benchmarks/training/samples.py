@@ -35,16 +35,17 @@ def captions(data: Path | None, count: int) -> list[Any]:
 
 
 def conversations(data: Path | None, count: int, *, longest: int = 10, seed: int = 0) -> list[Any]:
-    """Conversations of one to ``longest`` questions about drawn pictures.
+    """Conversations of one to ``longest`` questions about drawn pictures: many short ones and a few long ones.
 
-    Questions and answers are GPT-4's of LLaVA-Med's evaluation set, each image's own first; without the data, words.
+    The logarithm of the number of questions is uniform. Questions and answers are GPT-4's of LLaVA-Med's evaluation
+    set; without the data, words.
     """
     rng = random.Random(seed)
     pairs = _pairs(data)
     made: list[Any] = []
     for index in range(count):
         turns: list[str] = []
-        for turn, (question, answer) in enumerate(rng.sample(pairs, k=min(rng.randint(1, longest), len(pairs)))):
+        for turn, (question, answer) in enumerate(rng.sample(pairs, k=min(round(longest ** rng.random()), len(pairs)))):
             turns += [question if turn else f"{question}\n<image>", answer]
         made.append(_sample(index, turns))
     return made
