@@ -161,7 +161,7 @@ def _checkpointing(recipe: Recipe, stage: Stage, cuda: bool, processes: int, mic
     from medvlm.training.hardware import Device, parse_hardware
 
     if cuda:
-        gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        gib = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory / 2**30
         device = Device("this GPU", 0, gib, 0, _precision(recipe, stage, cuda))
     else:
         device = parse_hardware("CPU").device
