@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import medvlm.models.vlm  # noqa: F401  # transformers looks for packages when it is imported: before one is played
 from medvlm.config import load_recipe
 from medvlm.models.checkpoint import attention_implementation
 from medvlm.training.engine import choose_engine
