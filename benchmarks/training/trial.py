@@ -222,9 +222,11 @@ def _loaded(case: Any, row: str, folder: Path) -> tuple[Any, Any, Any, Any, int,
     from medvlm.models.checkpoint import load_checkpoint
     from medvlm.store import Workspace
     from medvlm.training.collate import ConversationEncoder
-    from medvlm.training.data import PixelStore, StagePlan, TrainingSet, read_stage_samples
+    from medvlm.training.data import TrainingSet, read_stage_samples
     from medvlm.training.engine import choose_engine
     from medvlm.training.images import image_store
+    from medvlm.training.order import StagePlan
+    from medvlm.training.pixels import PixelStore
 
     recipe = recipe_of(case, row)
     stage = recipe.stages[case.stage - 1]
