@@ -59,7 +59,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "train": Benchmark("Train"),
+    "train": Benchmark("Train", (("--data", "{data}"),), needs=("vqa-rad", "slake/Slake1.0", "llava-med")),
     "scaling": Benchmark("Scaling"),
     "overheads": Benchmark("Overheads"),
     "dvc_shards": Benchmark("DVC and many figures"),

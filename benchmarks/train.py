@@ -120,11 +120,11 @@ CASES = {
     ),
     "small-memory": Case(
         "30 M, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, model=(*SMALL, WIDE),
-        steps=1, batch=1, longest=10**6, trials=1, target=("memory", 0.6),
+        steps=1, batch=3, longest=10**6, trials=1, target=("memory", 0.6),
     ),
     "smol-memory": Case(
         "smol-llava-med, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, smol=True,
-        steps=1, batch=1, longest=10**6, trials=1, target=("memory", 0.6),
+        steps=1, batch=3, longest=10**6, trials=1, target=("memory", 0.6),
     ),
 }  # fmt: skip
 

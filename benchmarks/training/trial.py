@@ -336,18 +336,16 @@ def _attention() -> dict[Any, Any]:
     """The CPU's attention kernel, which torch's counter does not know: two products forward, five backward."""
     import torch
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         b, h, q, d = query
         return 2 * b * h * q * key[-2] * (d + value[-1])
 
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         b, h, q, d = query
         return 2 * b * h * q * key[-2] * (3 * d + 2 * value[-1])
 
-    from torch.utils.flop_counter import shape_wrapper
-
     ops = torch.ops.aten
     return {
-        ops._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(forward),
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(backward),
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
