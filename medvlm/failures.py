@@ -78,6 +78,8 @@ def underway(root: Path, command: Sequence[str]) -> Generator[None]:
     path = Workspace(root).scratch("underway", _name(command))
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
+            if not path.parent.parent.exists():  # a command that only reads leaves no folder behind
+                held.callback(_remove_empty, path.parent, path.parent.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             note = held.enter_context(path.open("a", encoding="utf-8"))
             fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,6 +88,12 @@ def underway(root: Path, command: Sequence[str]) -> Generator[None]:
             note.flush()
             held.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _remove_empty(*folders: Path) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _killed(workspace: Workspace) -> list[Failure]:

@@ -60,6 +60,8 @@ STEP_FILES: dict[str, StepFiles] = {
     "delta": StepFiles(),
     "import-checkpoint": StepFiles(writes=("checkpoints/{recipe}/stage{stage}",)),
     "train-router": StepFiles(("checkpoints/{recipe}/stage2", "datasets/instruct", *_RECIPE), ("routers/{recipe}",)),
+    # Each machine keeps its own: what is not there is made again.
+    "features": StepFiles(),
     "export": StepFiles(("checkpoints/{checkpoint}",)),
     "predict": StepFiles(("checkpoints/{recipe}", "benchmarks/{benchmark}"), ("predictions/*/{benchmark}",)),
     "score": StepFiles(("predictions/*/{benchmark}", "benchmarks/{benchmark}", "leakage"), ("scores/*/{benchmark}",)),

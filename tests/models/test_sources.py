@@ -82,6 +82,8 @@ def recipe(source: str) -> Any:
         "max_positions": 256,
     }
     texts = [f"model.language_model.{name}={value}" for name, value in decoder.items()]
+    # Marks are rows of the input embedding alone, which tied ones are not.
+    texts += ["model.mm_use_im_start_end=false", "stages.align.trains=[projector]"]
     return load_recipe("tiny-llava-med", [*texts, f"model.tokenizer.source={source}", "model.tokenizer.vocab_size=300"])
 
 
