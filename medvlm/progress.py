@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["LISTENER_VARIABLE", "report_progress"]
+__all__ = ["INTERVAL_VARIABLE", "LISTENER_VARIABLE", "progress_interval_s", "report_progress"]
 
 LISTENER_VARIABLE = "MEDVLM_PROGRESS"
+INTERVAL_VARIABLE = "MEDVLM_PROGRESS_EVERY_S"
 
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -29,6 +30,11 @@ def report_progress(event: Mapping[str, Any]) -> None:
     name = os.environ.get(LISTENER_VARIABLE)
     if name:
         _listener(name)(event)
+
+
+def progress_interval_s() -> float:
+    """Seconds between two events of a training: 0.5, or what ``MEDVLM_PROGRESS_EVERY_S`` says; 0 is every step."""
+    return float(os.environ.get(INTERVAL_VARIABLE, "0.5"))
 
 
 @functools.cache

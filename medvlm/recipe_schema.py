@@ -122,7 +122,7 @@ class Speed(Section):
     liger: Annotated[bool, SIZE] = True
     """Liger's Triton kernels for norms, positions and feed-forward modules, on a GPU where they are installed."""
     compile: Annotated[bool, SIZE] = False
-    """``torch.compile`` for the language model's layers. Off; ``benchmarks/train.py`` has a row that tells its worth."""
+    """``torch.compile`` for the language model's layers. Off; ``benchmarks/train.py`` has a row for its worth."""
 
 
 class WordStart(Section):

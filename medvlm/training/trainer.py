@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from medvlm.errors import NonFiniteLoss
-from medvlm.progress import report_progress
+from medvlm.progress import progress_interval_s, report_progress
 from medvlm.recipe_schema import Recipe, Stage
 from medvlm.training.expert_load import ExpertLoad
 from medvlm.training.objectives import objective_of
@@ -24,8 +24,6 @@ from medvlm.training.resume import Scratch
 from medvlm.training.spread import expert_groups
 
 __all__ = ["ProgressCallback", "ScratchCallback", "StageTrainer", "StopCallback"]
-
-_PROGRESS_INTERVAL_S = 0.5
 
 
 class StageTrainer(Trainer):
@@ -228,7 +226,7 @@ class ProgressCallback(TrainerCallback):
             "samples_per_s": round(self._batch / max(per_step_s, 1e-9), 2),
             "eta_s": round(per_step_s * (state.max_steps - state.global_step), 1),
         }
-        if last or done <= 1 or now - self._reported >= _PROGRESS_INTERVAL_S:
+        if last or done <= 1 or now - self._reported >= progress_interval_s():
             self._reported = now
             report_progress(event)
         if self._bar is not None:

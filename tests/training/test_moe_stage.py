@@ -146,6 +146,7 @@ def test_a_killed_run_goes_on_exactly(tuned: TunedMixture) -> None:
         environment = {
             **os.environ,
             "MEDVLM_PROGRESS": "progress_trap:listen",
+            "MEDVLM_PROGRESS_EVERY_S": "0",  # a fast machine is through before the next half second
             "MEDVLM_TEST_TRAP": "1:SIGTERM",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }

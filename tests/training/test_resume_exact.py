@@ -24,6 +24,7 @@ def train_until(twin: TrainedTwin, trap: str) -> subprocess.CompletedProcess[str
         env={
             **os.environ,
             "MEDVLM_PROGRESS": "progress_trap:listen",
+            "MEDVLM_PROGRESS_EVERY_S": "0",  # a fast machine is through before the next half second
             "MEDVLM_TEST_TRAP": trap,
             "PYTHONPATH": str(Path(__file__).parent),
         },
