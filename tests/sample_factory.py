@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from medvlm.records import Image, Sample, Turn
+from medvlm.store import Workspace, write_records
 
 
 def sample(n: int, **changes: object) -> Sample:
@@ -20,3 +23,10 @@ def sample(n: int, **changes: object) -> Sample:
         "source": "caption",
     }
     return Sample(**{**values, **changes})
+
+
+def hundred_samples(root: Path) -> Workspace:
+    """A workspace of a hundred instruct samples, in small shards, so that pages cross their borders."""
+    workspace = Workspace(root)
+    write_records(workspace.samples("instruct"), Sample, (sample(n) for n in range(100)), shard_bytes=1)
+    return workspace

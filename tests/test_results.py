@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sample_factory import sample
+from sample_factory import hundred_samples, sample
 
 from medvlm.data.leakage import LeakedItem
 from medvlm.data.privacy import PrivacyFlag
@@ -32,10 +32,7 @@ from medvlm.store import Report, Workspace, write_json, write_records, write_rep
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    workspace = Workspace(tmp_path)
-    # Small shards, so that pages cross their borders.
-    write_records(workspace.samples("instruct"), Sample, (sample(n) for n in range(100)), shard_bytes=1)
-    return workspace
+    return hundred_samples(tmp_path)
 
 
 def test_an_empty_workspace_is_empty_everywhere(tmp_path: Path) -> None:

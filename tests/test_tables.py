@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
-from sample_factory import sample
+from sample_factory import hundred_samples
 
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.records import (
@@ -19,15 +19,12 @@ from medvlm.records import (
     schema_of,
 )
 from medvlm.results import Results, thumbnail
-from medvlm.store import Workspace, write_records
+from medvlm.store import Workspace
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    workspace = Workspace(tmp_path)
-    # Small shards, so that pages cross their borders.
-    write_records(workspace.samples("instruct"), Sample, (sample(n) for n in range(100)), shard_bytes=1)
-    return workspace
+    return hundred_samples(tmp_path)
 
 
 def test_pages_follow_the_order_of_the_files_and_bring_each_row_its_own_image(workspace: Workspace) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from moe_case import RECIPE, SMALL, TunedMixture
+from progress_trap import train_by_verb
 from safetensors.torch import load_file
 
 from medvlm.config import load_recipe
@@ -140,17 +138,8 @@ def test_all_zero_stages_give_the_same_losses(tuned: TunedMixture, zero_stage: i
 def test_a_killed_run_goes_on_exactly(tuned: TunedMixture) -> None:
     aside = _fresh_target(tuned)
     try:
-        command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(tuned.workspace.root), "train"]
-        command += ["--recipe", RECIPE, "--stage", "moe_tune", "--set", "checkpoints.every=0.1"]
-        command += [part for text in SMALL for part in ("--set", text)]
-        environment = {
-            **os.environ,
-            "MEDVLM_PROGRESS": "progress_trap:listen",
-            "MEDVLM_PROGRESS_EVERY_S": "0",  # a fast machine is through before the next half second
-            "MEDVLM_TEST_TRAP": "1:SIGTERM",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        }
-        stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        overrides = ["checkpoints.every=0.1", *SMALL]
+        stopped = train_by_verb(tuned.workspace, RECIPE, "moe_tune", overrides, trap="1:SIGTERM")
         assert stopped.returncode == 1 and "it is saved" in stopped.stderr, stopped.stderr
         scratch = tuned.workspace.scratch("train", RECIPE, "stage3", "all")
         assert list(scratch.glob("checkpoint-*/expert_load.json"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from failures.reliability import held
 from golden_case import GOLDEN_STEPS, fill_golden, golden_overrides
+from progress_trap import train_by_verb
 
 from medvlm.config import load_recipe
 from medvlm.errors import TrainingError
@@ -26,21 +25,7 @@ GOLDEN = Path(__file__).with_name("golden") / f"{NAME}.json"
 
 def train_on_two(workspace: Workspace, trap: str = "") -> subprocess.CompletedProcess[str]:
     """Stage 1 as two processes; the first of them gets a signal at a step."""
-    command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(workspace.root), "train"]
-    command += ["--recipe", NAME, "--stage", "1", "--processes", "2"]
-    command += [part for text in OVERRIDES for part in ("--set", text)]
-    # Every step is told: a fast machine is through before the next half second.
-    trap_set = {"MEDVLM_PROGRESS": "progress_trap:listen", "MEDVLM_PROGRESS_EVERY_S": "0", "MEDVLM_TEST_TRAP": trap}
-    trapped = trap_set if trap else {}
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        command,
-        env={**os.environ, **trapped, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    return train_by_verb(workspace, NAME, "1", OVERRIDES, trap=trap, processes=2)
 
 
 def complete_steps(workspace: Workspace) -> list[int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 from failures.reliability import held
+from progress_trap import train_by_verb
 from twin_case import STEPS, TINY, TrainedTwin
 
 from medvlm.store import read_json
@@ -16,23 +14,8 @@ from medvlm.training.run import run_stage
 
 def train_until(twin: TrainedTwin, trap: str) -> subprocess.CompletedProcess[str]:
     """A training process of its own that gets a signal at a step."""
-    command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(twin.workspace.root), "train"]
-    command += ["--recipe", "tiny-llava-med", "--stage", "instruct", "--set", "checkpoints.every=0.05"]
-    command += [part for text in TINY for part in ("--set", text)]
-    return subprocess.run(
-        command,
-        env={
-            **os.environ,
-            "MEDVLM_PROGRESS": "progress_trap:listen",
-            "MEDVLM_PROGRESS_EVERY_S": "0",  # a fast machine is through before the next half second
-            "MEDVLM_TEST_TRAP": trap,
-            "PYTHONPATH": str(Path(__file__).parent),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    overrides = ["checkpoints.every=0.05", *TINY]
+    return train_by_verb(twin.workspace, "tiny-llava-med", "instruct", overrides, trap=trap)
 
 
 def test_sigterm_then_kill_then_resume_is_exact(trained: TrainedTwin) -> None:

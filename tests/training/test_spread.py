@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from moe_case import RECIPE, SMALL, TunedMixture
+from progress_trap import train_by_verb
 from safetensors.torch import load_file
 
 from medvlm.config import load_recipe
@@ -34,15 +33,7 @@ SPREAD = [*OVERRIDES, "stages.moe_tune.expert_parallel=2"]
 
 
 def train_on_two(workspace: Workspace, trap: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(workspace.root), "train"]
-    command += ["--recipe", RECIPE, "--stage", "3", "--processes", "2"]
-    command += [part for text in SPREAD for part in ("--set", text)]
-    # Every step is told: a fast machine is through before the next half second.
-    trap_set = {"MEDVLM_PROGRESS": "progress_trap:listen", "MEDVLM_PROGRESS_EVERY_S": "0", "MEDVLM_TEST_TRAP": trap}
-    trapped = trap_set if trap else {}
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **trapped, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return train_by_verb(workspace, RECIPE, "3", SPREAD, trap=trap, processes=2)
 
 
 def curve(report: Report) -> list[float]:
