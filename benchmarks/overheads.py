@@ -71,12 +71,14 @@ def training_start(folder: Path) -> float:
     overrides = golden_overrides(name)
     root = Path(tempfile.mkdtemp(dir=folder))
     fill_golden(Workspace(root), load_recipe(name, overrides))
-    (root / "started.py").write_text(TRAINING_STARTED)
+    # Beside the workspace, whose datasets/ would pass for a library of that name.
+    listener = Path(tempfile.mkdtemp(dir=folder))
+    (listener / "started.py").write_text(TRAINING_STARTED)
     command = [sys.executable, "-m", "medvlm.cli", "--workspace", str(root), "train", "--recipe", name, "--stage", "1"]
     command += [part for text in overrides for part in ("--set", text)]
     told = _environment(MEDVLM_PROGRESS="started:listen", MEDVLM_BENCH_BEGAN=str(time.monotonic()))
-    told["PYTHONPATH"] += os.pathsep + str(root)
-    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True)
+    told["PYTHONPATH"] += os.pathsep + str(listener)
+    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("STARTED")]
     return float(line.split()[1])
 

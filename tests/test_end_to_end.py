@@ -121,10 +121,10 @@ def test_the_time_of_each_step_is_printed(walked: Walk) -> None:
 
 
 def looked_at() -> Iterator[Any]:
+    # Its road runs to the end, but adapters leave a random table and head as they are. Strict: this goes once it looks.
+    open_goal = pytest.mark.xfail(reason="tiny-stllava-med does not beat its blind baseline yet")
     for name in TWINS:
         for benchmark in load_recipe(name).benchmarks:
-            # Its road runs to the end, but its adapters on a random language model learn to answer, not yet to look.
-            open_goal = pytest.mark.xfail(reason="tiny-stllava-med does not beat its blind baseline yet", strict=False)
             yield pytest.param(name, benchmark, marks=[open_goal] if name == "tiny-stllava-med" else [])
 
 

@@ -348,6 +348,7 @@ def main(
     """One process of a training job; ``medvlm train`` starts it."""
     # A launcher of this or another kind says the rank in the environment; the option is only accepted.
     del local_rank
+    _forget_current_folder()
     try:
         run_stage(Workspace(Path(workspace)), load_recipe(recipe, overrides), stage, fresh=fresh)
     except MedVLMError as error:
@@ -355,6 +356,12 @@ def main(
         # Not sys.exit: other processes may wait in a collective, and an orderly end would wait for them.
         os._exit(1)
     _leave()
+
+
+def _forget_current_folder() -> None:
+    """Look for libraries where they are installed alone: a workspace's own ``datasets`` is none of them."""
+    if not sys.flags.safe_path and sys.path[0] == str(Path.cwd()):  # where `python -m` puts it
+        del sys.path[0]
 
 
 def _leave() -> None:

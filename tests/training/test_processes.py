@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,15 @@ def test_two_processes_stopped_and_killed_give_the_losses_of_one(tmp_path: Path)
         saw="a process of the job ended, with its code; the other is ended too and does not wait for ever",
         rerun="goes on from the last whole checkpoint with the losses of an unbroken run",
     )
+
+
+def test_a_workspace_may_be_the_current_folder(tmp_path: Path) -> None:
+    # Its datasets/ has the name of a library that the Trainer asks for.
+    fill_golden(Workspace(tmp_path), load_recipe(NAME, OVERRIDES))
+    (tmp_path / "datasets" / "__init__.py").write_text("raise RuntimeError('this is no library')")
+    command = [sys.executable, "-m", "medvlm.training.run", "--workspace", ".", "--recipe", NAME, "--stage", "1"]
+    command += [part for text in [*OVERRIDES, "stages.align.max_steps=1"] for part in ("--set", text)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Workspace(tmp_path).checkpoint(NAME, 1).is_dir()
