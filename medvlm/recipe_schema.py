@@ -121,6 +121,8 @@ class Speed(Section):
     """Sequences of like length share a batch. It changes the order of the samples."""
     liger: Annotated[bool, SIZE] = True
     """Liger's Triton kernels for norms, positions and feed-forward modules, on a GPU where they are installed."""
+    onednn: Annotated[bool, SIZE] = True
+    """On a CPU in float32, linear layers run through oneDNN instead of MKL; see ``medvlm.training.onednn``."""
     compile: Annotated[bool, SIZE] = False
     """``torch.compile`` for the language model's layers. Off; ``benchmarks/train.py`` has a row for its worth."""
 

@@ -47,6 +47,7 @@ class Engine:
     packing: str = "off"
     """``varlen`` with flash-attention, ``mask`` elsewhere, or ``off``."""
     liger: bool = False
+    onednn: bool = False
     compiled: bool = False
 
     def __str__(self) -> str:
@@ -55,6 +56,7 @@ class Engine:
             f", rows packed ({self.packing})": self.packing != "off",
             ", gradient checkpointing": self.gradient_checkpointing,
             ", Liger kernels": self.liger,
+            ", oneDNN linear layers": self.onednn,
             ", compiled layers": self.compiled,
         }
         return (
@@ -126,6 +128,7 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
 
     from medvlm.models.checkpoint import attention_implementation
     from medvlm.training.kernels import liger_serves
+    from medvlm.training.onednn import onednn_serves
 
     cuda = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -147,6 +150,8 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
         gradient_checkpointing=_checkpointing(recipe, stage, cuda, processes, micro_batch),
         packing="off" if not packed else "varlen" if attention == "flash_attention_2" else "mask",
         liger=liger_serves(recipe, stage, cuda=cuda),
+        # A compiled layer chooses its own products.
+        onednn=stage.speed.onednn and precision == "fp32" and not (cuda or stage.speed.compile) and onednn_serves(),
         compiled=stage.speed.compile,
     )
 

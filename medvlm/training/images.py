@@ -137,9 +137,12 @@ def _encoder(start: Checkpoint, engine: Engine) -> Generator[Callable[[Tensor], 
     """The tower where it computes fastest, in float32; afterwards it is back on the CPU."""
     import torch
 
+    from medvlm.models.packed import PackedLinears
+
     model: Any = start.model
     tower = model.model.vision_tower.to(engine.device)
     try:
-        yield lambda pixels_NCHW: tower_features(model, pixels_NCHW.to(engine.device, torch.float32))
+        with PackedLinears():
+            yield lambda pixels_NCHW: tower_features(model, pixels_NCHW.to(engine.device, torch.float32))
     finally:
         tower.cpu()

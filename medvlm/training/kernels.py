@@ -1,4 +1,4 @@
-"""Faster kernels for the language model's layers: Liger's on a GPU, and ``torch.compile`` where a stage asks for it."""
+"""Faster kernels: Liger's on a GPU, oneDNN's on a CPU, and ``torch.compile`` where a stage asks for it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def prepare_kernels(model: Any, stage: Stage, engine: Engine) -> None:
         model.head_tokens = None
     if engine.liger:
         use_liger(model)
+    if engine.onednn:
+        from medvlm.training.onednn import use_onednn
+
+        use_onednn(model)
     if engine.compiled:
         compile_layers(model)
 

@@ -45,7 +45,7 @@ def test_liger_gets_the_language_model_and_leaves_mixtures_alone(
     monkeypatch: pytest.MonkeyPatch, moe: dict[str, int] | None
 ) -> None:
     recipe, stage = stage_of()
-    chosen = dataclasses.replace(choose_engine(recipe, stage), liger=True)
+    chosen = dataclasses.replace(choose_engine(recipe, stage), liger=True, onednn=False)
     asked: dict[str, Any] = {}
     module: Any = ModuleType("liger_kernel.transformers")
     module._apply_liger_kernel_to_instance = asked.update
@@ -66,6 +66,12 @@ def test_the_engine_says_how_rows_are_packed(monkeypatch: pytest.MonkeyPatch) ->
     assert "rows packed (varlen)" in str(choose_engine(*stage_of("stages.instruct.precision=bf16")))
     # Flash-attention has no kernel for float32: a stage in it would crash.
     assert choose_engine(*stage_of("stages.instruct.precision=fp32")).attention == "sdpa"
+
+
+def test_linear_layers_go_through_onednn_in_float32_on_a_cpu() -> None:
+    assert "oneDNN linear layers" in str(choose_engine(*stage_of()))
+    for off in ("speed.onednn=false", "speed.compile=true", "precision=bf16"):
+        assert "oneDNN" not in str(choose_engine(*stage_of(f"stages.instruct.{off}")))
 
 
 def test_activations_are_recomputed_where_memory_is_short_without(monkeypatch: pytest.MonkeyPatch) -> None:

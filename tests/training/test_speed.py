@@ -63,7 +63,7 @@ def test_compiled_layers_leave_the_losses_as_they_are(
     assert on == pytest.approx(off, abs=1e-4)
 
 
-@pytest.mark.parametrize("lever", ["feature_cache", "loss_at_labels", "packing"])
+@pytest.mark.parametrize("lever", ["feature_cache", "loss_at_labels", "packing", "onednn"])
 def test_a_lever_leaves_the_losses_as_they_are(trained: TrainedTwin, tmp_path: Path, lever: str) -> None:
     steps = f"stages.instruct.max_steps={STEPS}"
     on = losses(trained, tmp_path / "ws", steps)
