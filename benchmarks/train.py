@@ -39,7 +39,7 @@ from typing import Any
 
 PLAIN = "plain"
 TOLERANCE = 1e-3
-LEVERS = ("feature_cache", "loss_at_labels", "packing", "length_groups")
+LEVERS = ("onednn", "feature_cache", "loss_at_labels", "packing", "length_groups")
 LOOKS = (PLAIN, "ours")
 REORDERED = ("ours, length groups too", "only length_groups")
 
@@ -86,7 +86,7 @@ class Case:
 
 
 ALONE = tuple(f"only {lever}" for lever in LEVERS)
-WITHOUT = tuple(f"without {lever}" for lever in LEVERS[:3])
+WITHOUT = tuple(f"without {lever}" for lever in LEVERS[:4])
 EVERY = (PLAIN, "ours", "ours, length groups too", "levers off", *ALONE, *WITHOUT, "ours, bf16 features")
 FEW = (PLAIN, "ours", "ours, length groups too", *ALONE)
 EACH_TIME = (PLAIN, "ours", "ours, length groups too")

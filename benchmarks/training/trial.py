@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["PLAIN", "look", "overrides", "peak", "prepare", "trial"]
 
 PLAIN = "plain"
-LEVERS = ("feature_cache", "loss_at_labels", "packing", "shared_prefix", "length_groups")
+LEVERS = ("onednn", "feature_cache", "loss_at_labels", "packing", "shared_prefix", "length_groups")
 
 
 def overrides(case: Any, row: str) -> list[str]:
@@ -26,6 +26,7 @@ def overrides(case: Any, row: str) -> list[str]:
         levers[row.removeprefix("without ")] = False
     stage = f"stages.{('align', 'instruct')[case.stage - 1]}"
     checkpointing = "on" if row.endswith("checkpointing") else "off"
+    levers["compile"] = row.endswith("compiled")
     values: dict[str, Any] = {
         "global_batch": case.batch,
         "micro_batch": case.batch,
@@ -120,7 +121,7 @@ def trial(case: Any, row: str, folder: str, *, watch: bool = False) -> dict[str,
     from medvlm.training.collate import collate
     from medvlm.training.params import freeze, parameter_groups
 
-    rows, model, recipe, stage, pad_id, filled = _loaded(case, row, Path(folder))
+    rows, model, recipe, stage, pad_id, packing, filled = _loaded(case, row, Path(folder))
     freeze(model, stage)
     losses: list[float] = []
     waited, epoch = Clock(), Clock()
@@ -128,7 +129,7 @@ def trial(case: Any, row: str, folder: str, *, watch: bool = False) -> dict[str,
 
     def batched(parts: Any) -> dict[str, Any]:
         with waited:
-            return collate(parts, pad_id, packing=row != PLAIN and stage.speed.packing)
+            return collate(parts, pad_id, packing=packing)
 
     class Side(Trainer):
         """The stock Trainer with the row's loss."""
@@ -136,7 +137,9 @@ def trial(case: Any, row: str, folder: str, *, watch: bool = False) -> dict[str,
         def create_optimizer(self, model: Any = None) -> Any:
             import torch
 
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe, stage), lr=stage.learning_rate)
+            # Fused, as the stock Trainer has it.
+            groups = parameter_groups(self.model, recipe, stage)
+            self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
             return self.optimizer
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **options: Any) -> Any:
@@ -215,8 +218,8 @@ class _Timed:
             return self._rows[position]
 
 
-def _loaded(case: Any, row: str, folder: Path) -> tuple[Any, Any, Any, Any, int, dict[str, Any]]:
-    """Rows in their order, the model (stock for the plain row), recipe, stage, padding, and what the cache took."""
+def _loaded(case: Any, row: str, folder: Path) -> tuple[Any, Any, Any, Any, int, Any, dict[str, Any]]:
+    """Rows in their order, the model (stock for the plain row), recipe, stage, padding, packing, and the filling."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     from medvlm.models.checkpoint import load_checkpoint
@@ -225,6 +228,7 @@ def _loaded(case: Any, row: str, folder: Path) -> tuple[Any, Any, Any, Any, int,
     from medvlm.training.data import TrainingSet, read_stage_samples
     from medvlm.training.engine import choose_engine
     from medvlm.training.images import image_store
+    from medvlm.training.kernels import prepare_kernels
     from medvlm.training.order import StagePlan
     from medvlm.training.pixels import PixelStore
 
@@ -241,30 +245,33 @@ def _loaded(case: Any, row: str, folder: Path) -> tuple[Any, Any, Any, Any, int,
     with Clock() as fill:
         images = image_store(workspace, stage, engine, start, samples, many, PixelStore(start.processor))
     model: Any = start.model
-    if not stage.speed.loss_at_labels:
-        model.head_tokens = None
     if row == PLAIN:
         values = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "dtype")}
         model = LlavaForConditionalGeneration(LlavaConfig(**values))
         model.load_state_dict(start.model.state_dict())
-    if row.endswith("compiled"):
-        for layer in model.model.language_model.layers:
-            layer.compile(dynamic=True)
+    else:
+        prepare_kernels(model, stage, engine)
     rows = TrainingSet(samples, plan, encoder, images)
     filled = {"fill_s": fill.clock_s, "fill_cpu_s": fill.cpu_s, "fill_images": len(many.images(samples)[0])}
-    return rows, model, recipe, stage, start.tokenizer.pad_token_id, filled
+    packing = "off" if row == PLAIN else engine.packing
+    return rows, model, recipe, stage, start.tokenizer.pad_token_id, packing, filled
 
 
 def peak(precision: str) -> dict[str, float]:
-    """The most operations of a matrix product that this machine does: by the clock, and a second of processor time."""
+    """The most operations of a matrix product that this machine does: by the clock, and a second of processor time.
+
+    Of MKL's and oneDNN's the better one.
+    """
     import torch
 
     kind, n = (torch.bfloat16 if precision == "bf16" else torch.float32), 2048
     a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
+    onednn: Any = torch.ops.mkldnn
+    products = (lambda: a @ b, lambda: onednn._linear_pointwise(a, b, None, "none", [], ""))
     clocks: list[tuple[float, float]] = []
-    for _ in range(8):
+    for product in products * 8:
         with Clock() as one:
-            a @ b
+            product()
         clocks.append((one.clock_s, one.cpu_s))
     flop = 2.0 * n**3
     return {

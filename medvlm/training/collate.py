@@ -14,7 +14,7 @@ from medvlm.models.template import IMAGE_MARK, TEMPLATES, Segment, render
 from medvlm.models.tokenizer import IM_END, IM_START, special_marks
 from medvlm.recipe_schema import Recipe, TemplateName
 from medvlm.records import Turn
-from medvlm.training.packing import IGNORED, Encoded, pack_rows, packed_batch
+from medvlm.training.packing import IGNORED, Encoded, Packing, pack_rows, packed_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -194,17 +194,14 @@ def _learned_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     return spans
 
 
-def collate(
-    rows: Sequence[dict[str, Any]], pad_id: int, *, packing: bool = False, varlen: bool = False
-) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, Any]], pad_id: int, *, packing: Packing = "off") -> dict[str, Any]:
     """A batch, padded on the right.
 
     Args:
         rows: Each with ``sequences`` (``Encoded``, of one image), ``pixels`` (3, H, W) or ``features`` (P, V), and
             ``sample_ids``.
         pad_id: Fills; never attended, never learned.
-        packing: Sequences may share a row; none sees another.
-        varlen: See ``packed_batch``.
+        packing: How sequences share a row; none sees another.
 
     Returns:
         ``input_ids``, ``labels`` and what ``packed_batch`` adds; ``pixel_values`` (N, 3, H, W) or ``image_features``
@@ -215,8 +212,8 @@ def collate(
     import torch
 
     sequences = [(sequence, row) for row in rows for sequence in row["sequences"]]
-    places = pack_rows([len(sequence.ids) for sequence, _ in sequences], packing=packing)
-    batch: dict[str, Any] = packed_batch([[sequences[i][0] for i in row] for row in places], pad_id, varlen=varlen)
+    places = pack_rows([len(sequence.ids) for sequence, _ in sequences], packing)
+    batch: dict[str, Any] = packed_batch([[sequences[i][0] for i in row] for row in places], pad_id, packing)
     images = [sequences[i][1] for row in places for i in row]
     owners = [index for index, row in enumerate(rows) for _ in row["sequences"]]
     source, name = ("features", "image_features") if "features" in rows[0] else ("pixels", "pixel_values")

@@ -15,6 +15,7 @@ from typing import Any
 
 from medvlm.errors import TrainingError
 from medvlm.recipe_schema import Recipe, Stage
+from medvlm.training.packing import Packing
 
 __all__ = [
     "Engine",
@@ -44,8 +45,8 @@ class Engine:
     """Micro-batches an optimiser step."""
     zero_stage: int
     gradient_checkpointing: bool
-    packing: str = "off"
-    """``varlen`` with flash-attention, ``mask`` elsewhere, or ``off``."""
+    packing: Packing = "off"
+    """``varlen`` with flash-attention, ``mask`` with compiled layers, ``blocks`` elsewhere, or ``off``."""
     liger: bool = False
     onednn: bool = False
     compiled: bool = False
@@ -148,12 +149,19 @@ def choose_engine(recipe: Recipe, stage: Stage) -> Engine:
         accumulation=accumulation,
         zero_stage=stage.zero_stage,
         gradient_checkpointing=_checkpointing(recipe, stage, cuda, processes, micro_batch),
-        packing="off" if not packed else "varlen" if attention == "flash_attention_2" else "mask",
+        packing=_packing(stage, attention) if packed else "off",
         liger=liger_serves(recipe, stage, cuda=cuda),
         # A compiled layer chooses its own products.
         onednn=stage.speed.onednn and precision == "fp32" and not (cuda or stage.speed.compile) and onednn_serves(),
         compiled=stage.speed.compile,
     )
+
+
+def _packing(stage: Stage, attention: str) -> Packing:
+    if attention == "flash_attention_2":
+        return "varlen"
+    # Every batch has other lengths, and a compiled layer would be compiled anew for each.
+    return "mask" if stage.speed.compile else "blocks"
 
 
 def _checkpointing(recipe: Recipe, stage: Stage, cuda: bool, processes: int, micro_batch: int) -> bool:

@@ -27,6 +27,11 @@ def prepare_kernels(model: Any, stage: Stage, engine: Engine) -> None:
     """Put into a model what the engine chose, and the stage's way to reckon logits."""
     if model.config._attn_implementation != engine.attention:
         model.set_attn_implementation(engine.attention)
+    if engine.packing == "blocks":
+        from medvlm.models.attention import BLOCKS, register_blocks
+
+        register_blocks()
+        model.set_attn_implementation({"text_config": BLOCKS})
     if not stage.speed.loss_at_labels:
         model.head_tokens = None
     if engine.liger:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IGNORED", "Encoded", "pack_rows", "packed_batch", "share_prefix"]
+__all__ = ["IGNORED", "Encoded", "Packing", "pack_rows", "packed_batch", "share_prefix"]
+
+Packing = Literal["off", "mask", "blocks", "varlen"]
+"""How sequences share a row: not, told apart by a mask, by ``medvlm.models.attention``, or by flash-attention."""
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -73,20 +76,24 @@ def share_prefix(sequences: Sequence[Encoded], image_id: int) -> Encoded | None:
     return joined
 
 
-def pack_rows(lengths: Sequence[int], *, packing: bool) -> list[list[int]]:
-    """Which sequences share a row: the longest first, each into the first row that has room.
+def pack_rows(lengths: Sequence[int], packing: Packing) -> list[list[int]]:
+    """Which sequences share a row.
 
-    A row is as long as the longest sequence, so that no row costs more attention than one of them does alone.
+    With ``blocks`` and ``varlen`` all do: a sequence costs there what it costs alone. With ``mask`` a row is as long as
+    the longest sequence, so that no row costs more attention than one of them does alone: the longest first, each into
+    the first row that has room.
 
     Args:
         lengths: Of the sequences, in tokens.
-        packing: False: each has a row of its own.
+        packing: ``off``: each has a row of its own.
 
     Returns:
         Indices for each row; rows, and sequences in a row, in the order of the batch.
     """
-    if not packing:
+    if packing == "off":
         return [[index] for index in range(len(lengths))]
+    if packing != "mask":
+        return [list(range(len(lengths)))]
     capacity = max(lengths)
     rows: list[list[int]] = []
     room: list[int] = []
@@ -100,24 +107,22 @@ def pack_rows(lengths: Sequence[int], *, packing: bool) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def packed_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, *, varlen: bool = False) -> dict[str, Tensor]:
+def packed_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, packing: Packing = "off") -> dict[str, Tensor]:
     """Token ids, labels and, where rows hold more than one plain sequence, positions and a mask.
 
     Args:
-        rows: The sequences of each row.
+        rows: The sequences of each row, as ``pack_rows`` has them.
         pad_id: Fills; never attended, never learned.
-        varlen: One long row without a mask, whose sequences flash-attention tells apart by their positions.
-            For sequences without branches.
+        packing: With ``varlen`` sequences are told apart by their positions, and have no branches. With ``off`` they
+            may: a mask says what each token sees.
 
     Returns:
-        ``input_ids``, ``labels`` (R, W); ``attention_mask``, (R, W) or (R, 1, W, W); ``position_ids`` (R, W)
-        where the mask has four dimensions or is not there.
+        ``input_ids``, ``labels`` (R, W); ``attention_mask``, (R, W), (R, 1, W, W), or for ``blocks`` (1, 1, 2, W), see
+        ``block_marks``; ``position_ids`` (R, W) where the mask has four dimensions or is not there.
     """
     import torch
 
     plain = all(len(row) == 1 and not row[0].branches for row in rows)
-    if varlen and not plain:
-        rows = [[sequence for row in rows for sequence in row]]
     width = max(sum(len(sequence.ids) for sequence in row) for row in rows)
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
@@ -130,7 +135,14 @@ def packed_batch(rows: Sequence[Sequence[Encoded]], pad_id: int, *, varlen: bool
     if plain:
         return {**batch, "attention_mask": padded([[1] * len(row[0].ids) for row in rows], 0)}
     batch["position_ids"] = padded(joined("positions"), 0)
-    return batch if varlen else {**batch, "attention_mask": _mask(rows, padded)}
+    if packing == "varlen":
+        return batch
+    if packing == "blocks":
+        from medvlm.models.attention import block_marks
+
+        (row,) = rows
+        return {**batch, "attention_mask": block_marks([len(s.ids) for s in row], [s.branches for s in row])}
+    return {**batch, "attention_mask": _mask(rows, padded)}
 
 
 def _mask(rows: Sequence[Sequence[Encoded]], padded: Any) -> Tensor:

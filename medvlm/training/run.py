@@ -266,8 +266,7 @@ def _fit(
     batched = functools.partial(
         collate,
         pad_id=pad_id,
-        packing=job.engine.packing != "off",
-        varlen=job.engine.attention == "flash_attention_2" and not dpo,
+        packing=job.engine.packing,
     )
     if dpo:
         training_set.references = reference_log_probabilities(

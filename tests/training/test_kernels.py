@@ -45,7 +45,7 @@ def test_liger_gets_the_language_model_and_leaves_mixtures_alone(
     monkeypatch: pytest.MonkeyPatch, moe: dict[str, int] | None
 ) -> None:
     recipe, stage = stage_of()
-    chosen = dataclasses.replace(choose_engine(recipe, stage), liger=True, onednn=False)
+    chosen = dataclasses.replace(choose_engine(recipe, stage), liger=True, onednn=False, packing="off")
     asked: dict[str, Any] = {}
     module: Any = ModuleType("liger_kernel.transformers")
     module._apply_liger_kernel_to_instance = asked.update
@@ -60,7 +60,8 @@ def test_liger_gets_the_language_model_and_leaves_mixtures_alone(
 
 
 def test_the_engine_says_how_rows_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "rows packed (mask)" in str(choose_engine(*stage_of()))
+    assert "rows packed (blocks)" in str(choose_engine(*stage_of()))
+    assert "rows packed (mask)" in str(choose_engine(*stage_of("stages.instruct.speed.compile=true")))
     assert "packed" not in str(choose_engine(*stage_of("stages.instruct.speed.packing=false")))
     monkeypatch.setattr(checkpoint, "attention_implementation", lambda: "flash_attention_2")
     assert "rows packed (varlen)" in str(choose_engine(*stage_of("stages.instruct.precision=bf16")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from medvlm.models.checkpoint import build_model
 from medvlm.models.tokenizer import train_tokenizer
 from medvlm.records import Turn
 from medvlm.training.collate import ConversationEncoder, collate
+from medvlm.training.engine import choose_engine
+from medvlm.training.kernels import prepare_kernels
 from medvlm.training.objectives import answer_loss
-from medvlm.training.packing import IGNORED, Encoded, pack_rows, share_prefix
+from medvlm.training.packing import IGNORED, Encoded, Packing, pack_rows, share_prefix
 
 RECIPE = load_recipe("tiny-llava-med", ["model.image_first=true"])
 PAIRS = [
@@ -46,9 +49,14 @@ def row(image: int, *sequences: Encoded) -> dict[str, Any]:
     return {"sequences": list(sequences), "pixels": pixels(image), "sample_ids": [f"s{image}"]}
 
 
-def loss_and_gradients(rows: list[dict[str, Any]], **options: Any) -> tuple[float, list[torch.Tensor], dict[str, Any]]:
+def loss_and_gradients(
+    rows: list[dict[str, Any]], packing: Packing = "off"
+) -> tuple[float, list[torch.Tensor], dict[str, Any]]:
     model, tokenizer, _ = parts()
-    batch = collate(rows, tokenizer.pad_token_id, **options)
+    model.set_attn_implementation("sdpa")
+    stage = RECIPE.stages[1]
+    prepare_kernels(model, stage, replace(choose_engine(RECIPE, stage), packing=packing, onednn=False))
+    batch = collate(rows, tokenizer.pad_token_id, packing=packing)
     shapes = dict(batch)
     del batch["sample_ids"], batch["spans"]
     model.zero_grad(set_to_none=True)
@@ -64,23 +72,25 @@ def same(one: tuple[Any, ...], two: tuple[Any, ...]) -> None:
         assert torch.allclose(ours, theirs, atol=2e-5), (ours - theirs).abs().max()
 
 
-def test_packed_rows_have_the_loss_and_gradients_of_padded_ones() -> None:
+@pytest.mark.parametrize(("packing", "count"), [("mask", 2), ("blocks", 1)])
+def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(packing: Packing, count: int) -> None:
     long = encoded("What is shown here? " * 12, "A lesion on the left side. " * 4)
     rows = [row(0, encoded(*PAIRS[0])), row(1, long), row(2, encoded(*PAIRS[1])), row(3, encoded(*PAIRS[2]))]
-    padded, packed = (loss_and_gradients(rows, packing=packing) for packing in (False, True))
-    assert len(packed[2]["input_ids"]) < len(padded[2]["input_ids"]) == 4
+    padded, packed = loss_and_gradients(rows), loss_and_gradients(rows, packing)
+    assert len(packed[2]["input_ids"]) == count and len(padded[2]["input_ids"]) == 4
     assert packed[2]["pixel_values"].shape[0] == 4
     same(padded, packed)
 
 
-def test_questions_behind_one_image_have_the_loss_and_gradients_of_separate_rows() -> None:
+@pytest.mark.parametrize("packing", ["off", "mask", "blocks"])
+def test_questions_behind_one_image_have_the_loss_and_gradients_of_separate_rows(packing: Packing) -> None:
     sequences = [encoded(*pair) for pair in PAIRS]
     tree = share_prefix(sequences, parts()[2].image_id)
     assert tree is not None and tree.ids.count(parts()[2].image_id) == RECIPE.model.image_tokens
     assert len(tree.ids) < 0.6 * sum(len(sequence.ids) for sequence in sequences)
     other = encoded(*PAIRS[2])
     apart = loss_and_gradients([row(0, *sequences), row(1, other)])
-    together = loss_and_gradients([row(0, tree), row(1, other)], packing=True)
+    together = loss_and_gradients([row(0, tree), row(1, other)], packing)
     assert len(together[2]["pixel_values"]) == 2 and len(apart[2]["pixel_values"]) == 5
     same(apart, together)
 
@@ -123,21 +133,20 @@ def test_positions_go_on_from_the_shared_beginning() -> None:
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=24))
 def test_every_sequence_has_one_place_and_no_row_is_longer_than_the_longest(lengths: list[int]) -> None:
-    rows = pack_rows(lengths, packing=True)
+    rows = pack_rows(lengths, "mask")
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= max(lengths) for row in rows)
-    assert len(rows) <= len(pack_rows(lengths, packing=False)) == len(lengths)
+    assert len(rows) <= len(pack_rows(lengths, "off")) == len(lengths)
 
 
-def test_flash_attention_gets_one_row_whose_positions_begin_anew() -> None:
-    tokenizer = parts()[1]
+@pytest.mark.parametrize("packing", ["blocks", "varlen"])
+def test_all_sequences_stand_in_one_row_whose_positions_begin_anew(packing: Packing) -> None:
     sequences = [encoded(*pair) for pair in PAIRS]
-    batch = collate([row(i, s) for i, s in enumerate(sequences)], tokenizer.pad_token_id, packing=True, varlen=True)
-    lengths = [len(s.ids) for s in sequences]
-    assert "attention_mask" not in batch or len(batch["input_ids"]) > 1
-    if "attention_mask" not in batch:
-        assert batch["input_ids"].shape == (1, sum(lengths))
-        assert (batch["position_ids"] == 0).sum() == len(PAIRS)
+    batch = collate([row(i, s) for i, s in enumerate(sequences)], parts()[1].pad_token_id, packing=packing)
+    assert batch["input_ids"].shape == (1, sum(len(s.ids) for s in sequences))
+    assert (batch["position_ids"] == 0).sum() == len(PAIRS)
+    # Flash-attention tells them apart by that alone.
+    assert ("attention_mask" in batch) == (packing == "blocks")
 
 
 @pytest.mark.parametrize("held", [None, 3])
