@@ -32,6 +32,7 @@ __all__ = [
     "Lora",
     "MoE",
     "Model",
+    "ModulesToSave",
     "Projector",
     "Rates",
     "Recipe",
@@ -72,7 +73,22 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     """Of what the first matrix reads."""
     reference_alpha: Annotated[int, Field(gt=0)]
-    """Alpha at which the published learning rate was set; see ``medvlm.training.lora.rate_ratios``."""
+    """Alpha at which the published learning rate was set; see ``medvlm.training.lora.rate_ratio``."""
+
+
+class ModulesToSave(Section):
+    """Modules of the language model that learn with their own weights beside its adapter; peft's word for them.
+
+    The published systems have none: an adapter alone learns, upon a language model that has learned before. A twin's
+    begins with random weights, which an adapter leaves as they are: tokens that mean nothing, and a head that
+    reads nothing. Measured on the sample corpus, such a twin answers without looking at the image. So this is a source,
+    as the weights are: what it makes up for is where they come from.
+    """
+
+    modules: Annotated[tuple[Literal["embed_tokens", "lm_head"], ...], Field(min_length=1), SOURCE]
+    """``embed_tokens`` is the token table, ``lm_head`` the output layer."""
+    learning_rate: Annotated[float, Field(gt=0), SOURCE]
+    """At the published size, of full weights. It is scaled as the language model's; see ``Stage.learning_rate``."""
 
 
 class Lora(Section):
@@ -80,6 +96,8 @@ class Lora(Section):
 
     vision_tower: Adapter | None = None
     language_model: Adapter | None = None
+    modules_to_save: Annotated[ModulesToSave | None, SOURCE] = None
+    """What of the language model learns whole all the same."""
     quantisation: Literal["nf4"] | None = None
     """QLoRA: the language model's own weights are held in 4 bits while its adapter learns. Needs bitsandbytes."""
 
@@ -89,6 +107,8 @@ class Lora(Section):
             raise ValueError(
                 f"quantisation {self.quantisation!r} needs lora.language_model: 4-bit weights do not learn"
             )
+        if self.modules_to_save is not None and self.language_model is None:
+            raise ValueError("modules_to_save needs lora.language_model: without an adapter everything learns whole")
         return self
 
 
@@ -259,6 +279,12 @@ class Stage(Section):
         """How the language model's own weights are held; None: as they are."""
         return None if self.lora is None else self.lora.quantisation
 
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """Modules of the language model that learn with their own weights beside its adapter."""
+        saved = None if self.lora is None else self.lora.modules_to_save
+        return () if saved is None else saved.modules
+
     def rate(self, part: Part) -> float:
         """The published learning rate of a part."""
         own: float | None = getattr(self.learning_rates, part, None)
@@ -330,6 +356,7 @@ class Recipe(Section):
                 )
         for stage in self.stages:
             self._check_marks(stage)
+            self._check_saved(stage)
             self._check_experts(stage)
         for stage in self.stages[:-1]:
             if stage.targets == "each":
@@ -345,6 +372,13 @@ class Recipe(Section):
             raise ValueError(f"{field} {stage.expert_parallel} does not divide model.moe.experts {moe.experts}")
         if moe.capacity is not None:
             raise ValueError(f"{field} is above 1, and model.moe.capacity is set: other tokens would be dropped")
+
+    def _check_saved(self, stage: Stage) -> None:
+        if stage.saved_modules and self.model.language_model.tied_embeddings:
+            raise ValueError(
+                f"stages.{stage.name}.lora.modules_to_save is for a table and a head of their own, and "
+                "model.language_model.tied_embeddings makes them one"
+            )
 
     def _check_marks(self, stage: Stage) -> None:
         marks = "image_marks" in stage.trains and self.model.mm_use_im_start_end

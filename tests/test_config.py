@@ -63,6 +63,8 @@ def test_roles_of_fields() -> None:
     assert field_role(("stages", "align", "max_steps")) == SIZE
     assert field_role(("model", "language_model", "weights")) == SOURCE
     assert field_role(("stages", "align", "learning_rate")) is None
+    # What a random language model makes necessary is a source as it is.
+    assert field_role(("stages", "instruct", "lora", "modules_to_save", "learning_rate")) == SOURCE
     with pytest.raises(KeyError):
         field_role(("stages", "align", "nothing"))
 

@@ -56,6 +56,8 @@ class Shape:
     """Of experts that a token does not visit."""
     embedding: int
     """The input table: memory, but no multiplication."""
+    head: int
+    """The output layer."""
     image_marks: int
     """Of its rows, those of ``<im_start>`` and ``<im_end>``."""
     adaptable: int
@@ -104,6 +106,7 @@ def model_shape(recipe: Recipe, stage: Stage | None = None) -> Shape:
         feed_forward=sum(p.numel() for name, p in model.named_parameters() if is_feed_forward(name)),
         idle=idle,
         embedding=model.get_input_embeddings().weight.numel(),
+        head=sum(parameter.numel() for parameter in model.lm_head.parameters()),
         image_marks=mark_parameters(recipe),
         adaptable=sum(m.weight.numel() for m in linear),
         adapter_widths={
@@ -142,11 +145,17 @@ def adapter_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> dict[str, 
     return {part: rank * shape.adapter_widths[part] for part, rank in ranks.items()}
 
 
+def _saved_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> dict[str, int]:
+    """By module that learns whole beside the language model's adapter, how many parameters it has."""
+    sizes = {"embed_tokens": shape.embedding, "lm_head": shape.head}
+    return {} if tuning == "full" else {module: sizes[module] for module in stage.saved_modules}
+
+
 def trained_parameters(shape: Shape, stage: Stage, tuning: Tuning) -> int:
     """How many parameters learn."""
     own = {"feed_forward": shape.feed_forward, "image_marks": shape.image_marks}
     sizes = {**shape.parts, **own, **adapter_parameters(shape, stage, tuning)}
-    return sum(sizes[part] for part in stage.trains)
+    return sum(sizes[part] for part in stage.trains) + sum(_saved_parameters(shape, stage, tuning).values())
 
 
 def memory_by_part(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup) -> dict[str, float]:
@@ -266,7 +275,9 @@ def load_of_step(recipe: Recipe, stage: Stage, shape: Shape, setup: Setup, token
     passes = 2.0 + setup.gradient_checkpointing
     adapters = adapter_parameters(shape, stage, setup.tuning)
     if "language_model" in stage.trains:
-        passes += adapters.get("language_model", matrices) / max(1, matrices)
+        # The table is looked up: its gradient costs no multiplication.
+        head = _saved_parameters(shape, stage, setup.tuning).get("lm_head", 0)
+        passes += (adapters.get("language_model", matrices) + head) / max(1, matrices)
     if "feed_forward" in stage.trains:
         passes += (shape.feed_forward - shape.idle) / max(1, matrices)
     patches = tower.patches + 1

@@ -14,10 +14,21 @@ from medvlm.recipe_schema import Adapter, Part, Recipe, Stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TrainedAdapter", "adapted_layers", "attach", "detach", "is_adapter", "rate_ratio", "take_adapter"]
+__all__ = [
+    "TrainedAdapter",
+    "adapted_layers",
+    "attach",
+    "detach",
+    "is_adapter",
+    "is_saved",
+    "rate_ratio",
+    "take_adapter",
+]
 
 _MODULES: dict[Part, str] = {"vision_tower": "model.vision_tower", "language_model": "model.language_model"}
 _PROJECTOR = "multi_modal_projector"
+_SAVED = {"embed_tokens": "model.language_model.embed_tokens.", "lm_head": "lm_head."}
+"""Where a stage's ``modules_to_save`` are in the model."""
 _NAME = "default"
 """peft's name for the only adapter that a module has."""
 
@@ -29,12 +40,17 @@ def is_adapter(name: str) -> bool:
     return any(f".{matrix}.{_NAME}." in name for matrix in get_args(Matrix))
 
 
+def is_saved(name: str, stage: Stage) -> bool:
+    """Whether a parameter learns with its own weights although its part learns through an adapter, by its name."""
+    return any(name.startswith(_SAVED[module]) for module in stage.saved_modules)
+
+
 def attach(model: nn.Module, recipe: Recipe, stage: Stage) -> None:
     """Put the stage's adapters beside every linear layer of the parts that learn through one.
 
     The model's outputs stay as they are: the second matrix starts at zero. Layers of the tower behind the one
     whose features are read get none, as no gradient would reach them. Embeddings, norms and the head of the
-    language model get none either, as in LLaVA's LoRA script.
+    language model get none either, as in LLaVA's LoRA script; a twin's table and head learn whole (``is_saved``).
 
     Args:
         model: A ``MedVLMForConditionalGeneration``. Changed in place; its class stays.
@@ -79,8 +95,12 @@ def rate_ratio(recipe: Recipe, part: Part, spec: Adapter, matrix: Matrix) -> flo
     The rule for full weights (see ``Stage.learning_rate``) asks that a step of Adam, which moves every entry by
     about the rate, moves a layer's output as far at any size. An adapter adds ``alpha / rank * B(Ax)``:
 
-    - A reads the layer's input, so its output moves by rate times width: ``reference_width / hidden_size``,
-      the rule of full weights.
+    - A is drawn by peft with entries of the order ``1 / sqrt(width)``, and a step of Adam moves an entry by the rate
+      however large it is. ``sqrt(reference_width / hidden_size)`` lets it turn by the same share of itself. The rule
+      of full weights has no root, and is for a width that grows without bound; down at a twin's width it would
+      move entries of 5e-2 by 2e-2 a step, and A would be another matrix before B had learned to read it.
+      Measured on phantoms, rank 128, 150 steps of 32: 57, 55 and 61 % of closed questions without the root, 62, 62
+      and 62 % with it.
     - B reads the rank's numbers, not the width's: ``alpha / rank * rate * rank = alpha * rate``, whatever the
       width. So ``reference_alpha / alpha``. That A and B need rates that scale differently is the result of
       LoRA+ (Hayou et al. 2024); one rate for both, as published, is right at the published size only.
@@ -94,7 +114,7 @@ def rate_ratio(recipe: Recipe, part: Part, spec: Adapter, matrix: Matrix) -> flo
         depth = math.sqrt(decoder.reference_layers / decoder.layers)
     else:
         width, depth = tower.reference_width / tower.hidden_size, 1.0
-    return depth * (width if matrix == "lora_A" else spec.reference_alpha / spec.alpha)
+    return depth * (math.sqrt(width) if matrix == "lora_A" else spec.reference_alpha / spec.alpha)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +122,7 @@ class TrainedAdapter:
     """What a stage learned, apart from the weights that it began with."""
 
     tensors: dict[str, Tensor]
-    """The matrices, and the projector where it learned too, under peft's names."""
+    """The matrices, and what learned whole beside them (projector, table, head), under peft's names."""
     config: dict[str, Any]
     """peft's ``adapter_config.json``."""
 
@@ -145,8 +165,10 @@ def take_adapter(state: Mapping[str, Tensor], stage: Stage) -> tuple[dict[str, T
             merged = value.float() + spec.alpha / spec.rank * (second @ first)
             weights[f"{layer}.weight"] = merged.to(value.dtype)
     layers = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in kept})
-    if "projector" in stage.trains:
-        kept |= {f"base_model.model.{n}": v.contiguous() for n, v in state.items() if f".{_PROJECTOR}." in n}
+    projector = f".{_PROJECTOR}." if "projector" in stage.trains else None
+    for name, value in state.items():
+        if is_saved(name, stage) or (projector and projector in name):
+            kept[f"base_model.model.{name}"] = value.contiguous()
     return weights, TrainedAdapter(kept, _config(stage, adapters, layers))
 
 
@@ -163,7 +185,7 @@ def _config(stage: Stage, adapters: Mapping[Part, Adapter], layers: list[str]) -
         target_modules=layers,
         rank_pattern={pattern: spec.rank for pattern, spec in zip(patterns.values(), others, strict=True)},
         alpha_pattern={pattern: spec.alpha for pattern, spec in zip(patterns.values(), others, strict=True)},
-        modules_to_save=[_PROJECTOR] if "projector" in stage.trains else None,
+        modules_to_save=[*([_PROJECTOR] if "projector" in stage.trains else []), *stage.saved_modules] or None,
         inference_mode=True,
     )
     values = config.to_dict()

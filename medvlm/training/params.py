@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medvlm.recipe_schema import Part, Recipe, Stage
 from medvlm.training import lora
-from medvlm.training.lora import is_adapter
+from medvlm.training.lora import is_adapter, is_saved
 from medvlm.training.marks import is_mark_rows
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def is_feed_forward(name: str) -> bool:
 
 
 def freeze(model: nn.Module, stage: Stage) -> None:
-    """Let gradients reach exactly the parts that the stage trains, or their adapters."""
+    """Let gradients reach exactly the parts that the stage trains, or their adapters and what learns beside these."""
     for name, parameter in model.named_parameters():
         part = learned_part(name, stage)
         through_adapter = stage.adapter(part) is not None
-        parameter.requires_grad_(part in stage.trains and is_adapter(name) == through_adapter)
+        learns = is_adapter(name) == through_adapter or is_saved(name, stage)
+        parameter.requires_grad_(part in stage.trains and learns)
 
 
 def rate_ratio(recipe: Recipe, part: Part) -> float:
@@ -76,6 +77,8 @@ def rate_ratio(recipe: Recipe, part: Part) -> float:
 def _rate(name: str, part: Part, recipe: Recipe, stage: Stage) -> float:
     """The rate of one parameter at this size."""
     adapter = stage.adapter(part)
+    if stage.lora is not None and stage.lora.modules_to_save is not None and is_saved(name, stage):
+        return stage.lora.modules_to_save.learning_rate * rate_ratio(recipe, part)
     if adapter is None:
         return stage.rate(part) * rate_ratio(recipe, part)
     matrix = "lora_A" if ".lora_A." in name else "lora_B"

@@ -18,7 +18,7 @@ from medvlm.models.checkpoint import build_model, load_checkpoint
 from medvlm.models.tokenizer import train_tokenizer
 from medvlm.recipe_schema import Recipe
 from medvlm.store import Workspace
-from medvlm.training.lora import attach, detach, is_adapter, rate_ratio, take_adapter
+from medvlm.training.lora import attach, detach, is_adapter, is_saved, rate_ratio, take_adapter
 from medvlm.training.params import freeze, parameter_groups
 
 SMALL = [
@@ -35,6 +35,10 @@ SMALL = [
     "stages.instruct.lora.language_model.rank=4",
     "stages.instruct.lora.language_model.alpha=8",
 ]
+
+
+SAVED = ["stages.instruct.lora.modules_to_save={modules: [embed_tokens, lm_head], learning_rate: 2e-5}"]
+NONE_SAVED = ["stages.instruct.lora.modules_to_save=null"]
 
 
 def recipe_with(*changes: str) -> Recipe:
@@ -55,12 +59,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def disturbed(model: Any) -> None:
-    """Second matrices that are no longer zero, as after training."""
+    """Second matrices that are no longer zero, a projector, a table and a head that have moved, as after training."""
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            if parameter.requires_grad and not is_adapter(name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def test_a_fresh_adapter_changes_nothing_and_is_drawn_from_the_seed() -> None:
@@ -75,13 +81,15 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_from_the_seed() -> None:
     )
 
 
-def test_only_adapters_and_the_projector_learn() -> None:
-    recipe = recipe_with()
+@pytest.mark.parametrize(("changes", "whole"), [(NONE_SAVED, ()), (SAVED, ("embed_tokens", "lm_head"))])
+def test_only_adapters_and_what_is_named_beside_them_learn(changes: list[str], whole: tuple[str, ...]) -> None:
+    recipe = recipe_with(*changes)
     model = model_with(recipe)
     attach(model, recipe, recipe.stages[1])
     freeze(model, recipe.stages[1])
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (is_adapter(name) or "multi_modal_projector" in name), name
+        learns = is_adapter(name) or any(module in name for module in ("multi_modal_projector", *whole))
+        assert parameter.requires_grad == learns, name
     logits(model).square().sum().backward()
     for name, parameter in model.named_parameters():
         # The second matrix is zero, so nothing reaches the first one yet; everything else gets a gradient.
@@ -98,10 +106,12 @@ def test_layers_whose_features_are_not_read_get_no_adapter() -> None:
     assert numbers == {"0", "1"}
 
 
-def test_merging_is_exact_and_leaves_the_names_of_a_plain_model() -> None:
-    recipe = recipe_with()
+@pytest.mark.parametrize("changes", [NONE_SAVED, SAVED])
+def test_merging_is_exact_and_leaves_the_names_of_a_plain_model(changes: list[str]) -> None:
+    recipe = recipe_with(*changes)
     model, plain = model_with(recipe), model_with(recipe)
     attach(model, recipe, recipe.stages[1])
+    freeze(model, recipe.stages[1])
     disturbed(model)
     expected = logits(model)
     weights, adapter = take_adapter(model.state_dict(), recipe.stages[1])
@@ -111,7 +121,11 @@ def test_merging_is_exact_and_leaves_the_names_of_a_plain_model() -> None:
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-4)
     detach(model)
     assert set(model.state_dict()) == set(weights)
-    assert torch.equal(logits(model), logits(model_with(recipe)))
+    start, end = model_with(recipe).state_dict(), model.state_dict()
+    # What learned with its own weights has no others to go back to.
+    moved = {name for name, value in start.items() if not torch.equal(value, end[name])}
+    assert all("projector" in name or is_saved(name, recipe.stages[1]) for name in moved)
+    assert len({name for name in moved if is_saved(name, recipe.stages[1])}) == len(recipe.stages[1].saved_modules)
 
 
 # peft's own: it asks transformers by a name that transformers renames.
@@ -119,19 +133,20 @@ PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
 @pytest.mark.filterwarnings(PEFT)
-def test_the_kept_adapter_opens_with_peft_on_the_start(tmp_path: Path) -> None:
-    """Two ranks and a projector in one file: peft gives the merged model's answers."""
+@pytest.mark.parametrize("changes", [NONE_SAVED, SAVED, ["stages.instruct.lora.modules_to_save.modules=[lm_head]"]])
+def test_the_kept_adapter_opens_with_peft_on_the_start(tmp_path: Path, changes: list[str]) -> None:
+    """Two ranks and what learned whole in one file: peft gives the merged model's answers."""
     from peft import PeftModel
 
-    recipe = recipe_with()
+    recipe = recipe_with(*changes)
     model = model_with(recipe)
     attach(model, recipe, recipe.stages[1])
+    freeze(model, recipe.stages[1])
     disturbed(model)
-    with torch.no_grad():
-        model.model.multi_modal_projector.prototypes.add_(0.5)
     expected = logits(model)
     _, adapter = take_adapter(model.state_dict(), recipe.stages[1])
     assert adapter is not None
+    assert adapter.config["modules_to_save"] == ["multi_modal_projector", *recipe.stages[1].saved_modules]
     adapter.save(tmp_path / "adapter")
     opened = PeftModel.from_pretrained(model_with(recipe), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(opened), expected, atol=1e-5, rtol=1e-4)
@@ -154,6 +169,8 @@ def test_rates_at_the_published_size_are_the_published_ones() -> None:
         )
     assert [instruct.rate(part) for part in instruct.trains] == [5e-5, 2e-5, 2e-4]
     assert [prefer.rate(part) for part in prefer.trains] == [2e-5, 2e-5, 5e-6]
+    # Their language model has learned before: nothing of it but its adapter does here.
+    assert [stage.saved_modules for stage in full.stages] == [(), (), ()]
 
 
 def test_each_matrix_has_its_own_rate() -> None:
@@ -168,16 +185,29 @@ def test_each_matrix_has_its_own_rate() -> None:
     named = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     depth = math.sqrt(32 / 2)
     layer = "model.language_model.layers.0.self_attn.q_proj"
-    assert named[f"{layer}.lora_A.default.weight"] == pytest.approx(2e-4 * depth * 4096 / 32)
+    assert named[f"{layer}.lora_A.default.weight"] == pytest.approx(2e-4 * depth * math.sqrt(4096 / 32))
     assert named[f"{layer}.lora_B.default.weight"] == pytest.approx(2e-4 * depth * 256 / 8)
     assert named["model.multi_modal_projector.linear_1.weight"] == pytest.approx(2e-5 * 1024 / 32)
     tower = next(name for name in named if "vision_tower" in name and "lora_B" in name)
     assert named[tower] == pytest.approx(5e-5 * 64 / 16)
+    assert named[tower.replace("lora_B", "lora_A")] == pytest.approx(5e-5 * math.sqrt(1024 / 32))
+    # Full weights, at the rate of full weights.
+    for module in ("model.language_model.embed_tokens", "lm_head"):
+        assert named[f"{module}.weight"] == pytest.approx(2e-5 * depth * 4096 / 32)
 
 
 def test_an_adapter_of_a_part_that_does_not_train_is_refused() -> None:
     with pytest.raises(RecipeError, match="trains does not name language_model"):
         load_recipe("tiny-stllava-med", ["stages.instruct.trains=[vision_tower, projector]"])
+
+
+def test_what_is_saved_beside_an_adapter_needs_one_and_has_weights_of_its_own() -> None:
+    with pytest.raises(RecipeError, match=r"needs lora\.language_model"):
+        recipe_with(*SAVED, "stages.instruct.lora.language_model=null")
+    with pytest.raises(RecipeError, match="tied_embeddings makes them one"):
+        recipe_with(*SAVED, "model.language_model.tied_embeddings=true")
+    with pytest.raises(RecipeError, match="embed_tokens"):
+        recipe_with("stages.instruct.lora.modules_to_save.modules=[norm]")
 
 
 @pytest.fixture
@@ -206,11 +236,14 @@ def test_a_stage_ends_merged_with_its_adapter_beside_it(aligned: Workspace) -> N
     assert not any(".lora_" in name for name in load_file(folder / "model.safetensors"))
     opened = PeftModel.from_pretrained(start, str(folder / "adapter")).eval()
     torch.testing.assert_close(logits(opened), logits(end), atol=1e-4, rtol=1e-3)
-    # Features of an image change too: the tower learned.
+    # Features of an image change too: the tower learned. So did table and head.
     pixels = torch.randn((1, 3, 96, 96), generator=torch.Generator().manual_seed(2))
-    before = load_checkpoint(aligned.checkpoint("tiny-stllava-med", 1)).model.model.vision_tower(pixels)
-    after = load_checkpoint(folder).model.model.vision_tower(pixels)
-    assert not torch.equal(before.last_hidden_state, after.last_hidden_state)
+    # Read anew: peft has changed the start.
+    start: Any = load_checkpoint(aligned.checkpoint("tiny-stllava-med", 1)).model
+    features = [model.model.vision_tower(pixels).last_hidden_state for model in (start, end)]
+    assert not torch.equal(*features)
+    for module in ("model.language_model.embed_tokens", "lm_head"):
+        assert not torch.equal(start.get_submodule(module).weight, end.get_submodule(module).weight)
 
 
 def test_all_zero_stages_give_the_same_losses_with_adapters(aligned: Workspace) -> None:
