@@ -57,13 +57,13 @@ def test_large_sets_are_cut_into_shards_in_order(tmp_path: Path) -> None:
     records = [sample(f"s{i:03d}", bytes(1024)) for i in range(40)]
     write_records(tmp_path / "out", Sample, records, shard_bytes=1)
     assert len(list((tmp_path / "out").iterdir())) == 1, "one row group is the least a shard holds"
-    import medvlm.store as store
+    import medvlm.shards as shards
 
-    old, store.ROW_GROUP_BYTES = store.ROW_GROUP_BYTES, 4096
+    old, shards.ROW_GROUP_BYTES = shards.ROW_GROUP_BYTES, 4096
     try:
         write_records(tmp_path / "out", Sample, records, shard_bytes=8192)
     finally:
-        store.ROW_GROUP_BYTES = old
+        shards.ROW_GROUP_BYTES = old
     assert len(list((tmp_path / "out").iterdir())) > 3
     assert read_records(tmp_path / "out", Sample) == records
 

@@ -1,4 +1,10 @@
-"""What direct preference optimisation compares with: the answers' log-probabilities before training."""
+"""What direct preference optimisation compares with: the answers' log-probabilities before training.
+
+The loss is TRL's, and a test compares the two. Its trainer (1.16) carries this model as well, with a ``LlavaProcessor``
+and a second model as the reference; but for images it refuses to compute references beforehand, decodes every image
+anew for each batch, takes its text from a Jinja template and makes the logits of all tokens. So the stage's own
+trainer is used here too, whose cache, templates and exact resume it shares.
+"""
 
 from __future__ import annotations
 

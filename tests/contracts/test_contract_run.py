@@ -228,7 +228,7 @@ def test_large_tables_get_a_seeded_sample_of_pictures(tmp_path: Path, monkeypatc
     monkeypatch.setattr(data_contracts.images, "EVERY_IMAGE_UP_TO", 8)
     monkeypatch.setattr(data_contracts.images, "SAMPLED_IMAGES", 3)
     workspace = Workspace(tmp_path)
-    monkeypatch.setattr("medvlm.store.ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr("medvlm.shards.ROW_GROUP_BYTES", 1)
     sound_records.write(workspace, "alignment", sound_records.sound("alignment", 9))
     checks = {check.name: check for check in run_contract(workspace, "alignment").checks}
     assert checks["image_decodable"].observed == "0 of 3 rows break it (a seeded sample of 9)"
