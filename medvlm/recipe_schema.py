@@ -44,7 +44,6 @@ __all__ = [
     "TemplateName",
     "Tokenizer",
     "VisionTower",
-    "WordStart",
 ]
 
 StageName = Literal["align", "instruct", "finetune", "moe_tune", "prefer"]
@@ -147,18 +146,6 @@ class Speed(Section):
     """``torch.compile`` for the language model's layers. Off; ``benchmarks/train.py`` has a row for its worth."""
 
 
-class WordStart(Section):
-    """The projector first learns, without the language model, which words are said of each image.
-
-    See ``medvlm.training.words``.
-    """
-
-    epochs: Annotated[float, Field(gt=0), SIZE]
-    """Over the stage's images."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    """Adam's, of the projector. It is not scaled with the width."""
-
-
 class Stage(Section):
     """One training stage. A stage differs by its values, never by another script."""
 
@@ -184,8 +171,6 @@ class Stage(Section):
     self_question_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a user turn after the first is learned as a question that the model asks itself."""
     lora: Lora | None = None
-    word_start: WordStart | None = None
-    """For a stage of ``benchmarks`` whose questions are in English. None: the projector goes on as it is."""
     epochs: Annotated[float, Field(gt=0), SIZE]
     max_steps: Annotated[int, Field(gt=0), SIZE] | None
     """Ends the stage earlier than its epochs would."""
@@ -260,8 +245,6 @@ class Stage(Section):
             raise ValueError("objective 'dpo' compares single answers: samples_per_image must be 1")
         if self.self_question_ratio and self.template != "vicuna_v1_sq":
             raise ValueError(f"self_question_ratio needs the template vicuna_v1_sq, {self.template} has no role for it")
-        if self.word_start is not None and (self.data != "benchmarks" or "projector" not in self.trains):
-            raise ValueError("word_start needs data 'benchmarks' and a projector that trains")
         if self.expert_parallel > 1 and (self.name != "moe_tune" or self.zero_stage not in (1, 2)):
             raise ValueError("expert_parallel above 1 is for the stage moe_tune, and for zero_stage 1 or 2")
         if self.quantisation and self.zero_stage == 3:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from medvlm.models.checkpoint import Checkpoint
     from medvlm.training.data import ImageStore, StageSample
 
-__all__ = ["Job", "checkpoint_metadata", "make_job", "start_of", "start_with_words"]
+__all__ = ["Job", "checkpoint_metadata", "fit_start", "make_job", "start_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +130,19 @@ def start_of(job: Job, samples: Sequence[StageSample]) -> Checkpoint:
     return Checkpoint(build_model(job.recipe, tokenizer), tokenizer, processor, job.recipe, {})
 
 
-def start_with_words(job: Job, start: Checkpoint, samples: Sequence[StageSample], images: ImageStore) -> None:
-    """Fit the projector to the words of the stage's questions, where its recipe says so.
+def fit_start(job: Job, start: Checkpoint, samples: Sequence[StageSample], images: ImageStore) -> None:
+    """Fit a new model's projector to the tower's features of its first images, where the recipe says so.
 
     A resumed run does it again, and then takes the weights of its checkpoint.
     """
-    if job.stage.word_start is None:
+    if job.number > 1 or job.recipe.model.projector.start == "drawn":
         return
-    from medvlm.training.words import fit_words
+    from medvlm.training.projector_start import start_projector
 
-    seed, device = job.recipe.seed, job.engine.device
-    fitted = fit_words(start.model, start.tokenizer, samples, images, job.stage.word_start, seed=seed, device=device)
+    fitted = start_projector(start.model, samples, images, seed=job.recipe.seed, device=job.engine.device)
     if job.engine.rank == 0:
         click.echo(
-            "the projector says {words:g} words of {images:g} images: loss {loss_before} without looking, "
-            "{loss} after {steps:g} steps".format(**fitted),
+            "the projector starts from {images:g} images: a drawn one makes embeddings of norm {norm:.3g}, {common:.3g} "
+            "of it common to all; now it is {word:.3g}, as of a word, and nothing in common".format(**fitted),
             err=True,
         )

@@ -25,7 +25,7 @@ from medvlm.store import Report, Workspace, fingerprint, write_report
 from medvlm.training.arguments import training_arguments
 from medvlm.training.curve import write_curve
 from medvlm.training.engine import choose_engine, prepared_environment, quiet_libraries
-from medvlm.training.job import Job, checkpoint_metadata, make_job, start_of, start_with_words
+from medvlm.training.job import Job, checkpoint_metadata, fit_start, make_job, start_of
 from medvlm.training.quantised import check_quantisation
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _train(job: Job, *, fresh: bool) -> _Trained:
     pixels = PixelStore(start.processor)
     images = image_store(job.workspace, stage, job.engine, start, samples, plan, pixels)
     training_set = TrainingSet(samples, plan, encoder, images, shared_prefix=trees)
-    start_with_words(job, start, samples, images)
+    fit_start(job, start, samples, images)
     counts = {
         "samples": len(samples),
         "quarantined": left_out["quarantined"],
