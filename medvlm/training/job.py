@@ -142,7 +142,8 @@ def fit_start(job: Job, start: Checkpoint, samples: Sequence[StageSample], image
     fitted = start_projector(start.model, samples, images, seed=job.recipe.seed, device=job.engine.device)
     if job.engine.rank == 0:
         click.echo(
-            "the projector starts from {images:g} images: a drawn one makes embeddings of norm {norm:.3g}, {common:.3g} "
-            "of it common to all; now it is {word:.3g}, as of a word, and nothing in common".format(**fitted),
+            f"the projector starts from {fitted['images']:g} images: a drawn one makes embeddings of norm "
+            f"{fitted['norm']:.3g}, {fitted['common']:.3g} of it common to all; now {fitted['word']:.3g}, as of a "
+            "word, and nothing in common",
             err=True,
         )
