@@ -94,17 +94,17 @@ class Projector(Section):
     STLLaVA-Med's code computes under that name, for their published weights."""
     prototypes: Size | None = None
     """Centres of the ``cluster`` kinds, learned by the first and pooled from patches by the second; else null."""
-    start: Literal["drawn", "images"] = "drawn"
-    """Weights at the start of stage 1. With ``images`` they fit the tower's features of that stage's images: the
-    embeddings are as long as a word's and have no part common to all images, see
-    ``medvlm.training.projector_start``. For towers whose features are not normalised, and kind ``mlp2x_gelu``."""
+    standardised: bool = False
+    """Each channel of the tower's features is standardised first, by the images of stage 1, and the weights are drawn
+    so that an image's embeddings begin as long as a word's: see ``medvlm.training.projector_start``. For towers whose
+    features are not normalised, and for kind ``mlp2x_gelu``."""
 
     @model_validator(mode="after")
     def _fits(self) -> Projector:
         if self.kind.startswith("cluster") != (self.prototypes is not None):
             raise ValueError(f"prototypes belongs to kind 'cluster' or 'cluster_pooled', and kind is {self.kind!r}")
-        if self.start == "images" and self.kind != "mlp2x_gelu":
-            raise ValueError(f"start 'images' belongs to kind 'mlp2x_gelu', and kind is {self.kind!r}")
+        if self.standardised and self.kind != "mlp2x_gelu":
+            raise ValueError(f"standardised belongs to kind 'mlp2x_gelu', and kind is {self.kind!r}")
         return self
 
 

@@ -132,6 +132,7 @@ def model_config(
         text_config=text_config,
         projector_kind=recipe.model.projector.kind,
         projector_prototypes=recipe.model.projector.prototypes,
+        projector_standardised=recipe.model.projector.standardised,
         image_token_index=image_id,
         image_seq_length=recipe.model.image_tokens,
         vision_feature_layer=recipe.model.vision_tower.feature_layer,

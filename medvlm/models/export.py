@@ -2,7 +2,8 @@
 
 What can be exported exactly: a CLIP tower, a projector of one or two linear layers, a dense language model. The stock
 projector is linear, activation, linear. ``mlp2x_gelu`` is that; a ``linear`` one becomes itself, then the activation
-``linear`` (none), then the unit matrix, which changes no bit.
+``linear`` (none), then the unit matrix, which changes no bit. Where a projector standardises its features, that becomes
+part of its first layer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
+_STANDARDISATION = ("model.multi_modal_projector.mean", "model.multi_modal_projector.spread")
 _OWN_FORMAT = (
     "such a model is opened where medvlm is installed: 'import medvlm.models.vlm' registers it, then "
     "AutoModelForImageTextToText.from_pretrained(CHECKPOINT) loads it"
@@ -86,7 +88,8 @@ def export_checkpoint(
     recipe = load_recipe(folder / "recipe.yaml")
     files = WeightFiles(folder)
     config = _stock_config(folder, recipe)
-    names = {_stock_name(name): name for name in files.specs}
+    folded = _folded(files) if recipe.model.projector.standardised else {}
+    names = {_stock_name(name): name for name in files.specs if name not in _STANDARDISATION}
     width = config.text_config.hidden_size
     units = {} if recipe.model.projector.kind != "linear" else _unit_layer(width)
     kept = {n: files.specs[o].dtype if dtype == "stored" else getattr(torch, dtype) for n, o in names.items()}
@@ -99,6 +102,8 @@ def export_checkpoint(
     template = _template_name(folder, recipe)
 
     def produce(name: str) -> Tensor:
+        if name in folded:
+            return folded[name].to(kept[name])
         return (units[name]() if name in units else files.read(names[name])).to(kept[name])
 
     def finish(work: Path, tensors: dict[str, dict[str, Any]]) -> None:
@@ -158,6 +163,17 @@ def _stock_config(folder: Path, recipe: Recipe) -> Any:
 
 def _no_stock_form(folder: Path, recipe: Recipe, reason: str) -> CheckpointError:
     return CheckpointError(f"{recipe.name} has no form in stock LLaVA: {reason}", where=str(folder), hint=_OWN_FORMAT)
+
+
+def _folded(files: WeightFiles) -> dict[str, Tensor]:
+    """The first layer of a projector that standardises its features, for features as they are."""
+    mean_V, spread_V = (files.read(name).double() for name in _STANDARDISATION)
+    weight_DV, bias_D = (files.read(f"model.multi_modal_projector.linear_1.{part}") for part in ("weight", "bias"))
+    scaled_DV = weight_DV.double() / spread_V
+    return {
+        "multi_modal_projector.linear_1.weight": scaled_DV.to(weight_DV.dtype),
+        "multi_modal_projector.linear_1.bias": (bias_D.double() - scaled_DV @ mean_V).to(bias_D.dtype),
+    }
 
 
 def _stock_name(name: str) -> str:

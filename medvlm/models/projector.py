@@ -36,17 +36,30 @@ class MLPProjector(nn.Module):
     """Two linear layers with GELU between: LLaVA v1.5, Med-MoE, Qilin-Med-VL.
 
     Its names are those of transformers' LLaVA, so that a checkpoint exports without renaming.
+
+    Args:
+        config: ``projector_standardised`` says whether features are standardised first, by ``mean`` and ``spread``
+            (V,), which are set once (``medvlm.training.projector_start``) and never learn.
     """
+
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        width, tower = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.standardised: bool = config.projector_standardised
+        if self.standardised:
+            self.register_buffer("mean", torch.zeros(tower))
+            self.register_buffer("spread", torch.ones(tower))
+        self.linear_1 = nn.Linear(tower, width)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, features_NPV: Tensor) -> Tensor:
         """Embeddings (N, P, D) of patch features (N, P, V)."""
+        if self.standardised:
+            features_NPV = (features_NPV - self.mean) / self.spread
         return self.linear_2(self.act(self.linear_1(features_NPV)))
 
 

@@ -44,6 +44,7 @@ class MedVLMConfig(LlavaConfig):
     model_type = "medvlm"
     projector_kind: str = "linear"
     projector_prototypes: int | None = None
+    projector_standardised: bool = False
     moe: dict[str, Any] | None = None
     """``experts``, ``every``, ``meta_expert``, ``capacity`` and ``domains``; see ``medvlm.models.moe.moe_settings``."""
 

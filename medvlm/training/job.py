@@ -131,11 +131,11 @@ def start_of(job: Job, samples: Sequence[StageSample]) -> Checkpoint:
 
 
 def fit_start(job: Job, start: Checkpoint, samples: Sequence[StageSample], images: ImageStore) -> None:
-    """Fit a new model's projector to the tower's features of its first images, where the recipe says so.
+    """Fit a new model's projector to the tower's features of its first images, where it standardises them.
 
     A resumed run does it again, and then takes the weights of its checkpoint.
     """
-    if job.number > 1 or job.recipe.model.projector.start == "drawn":
+    if job.number > 1 or not job.recipe.model.projector.standardised:
         return
     from medvlm.training.projector_start import start_projector
 

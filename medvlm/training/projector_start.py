@@ -2,11 +2,14 @@
 
 Features of a tower without a last norm (EfficientNet's are rectified, most of them 0) share a large mean and have
 channels of very different spread. Behind a projector drawn as usual every image then gives nearly the same embeddings,
-several times as long as a word's, and a language model learns to ignore them. So the first layer is drawn for
-standardised features, with the standardisation folded into its weights, and the second is scaled so that an embedding
-is, in the mean, as long as a word's and without a part common to all images: data-dependent initialisation
-(Krähenbühl et al. 2016, "Data-dependent Initializations of Convolutional Neural Networks"). It changes no
-architecture and takes no step of training.
+several times as long as a word's, and a language model learns to ignore them. So the projector standardises its
+features, and its second layer is scaled so that an embedding is, in the mean, as long as a word's and without a part
+common to all images: data-dependent initialisation (Krähenbühl et al. 2016, "Data-dependent Initializations of
+Convolutional Neural Networks"). It takes no step of training.
+
+The standardisation stays a step of its own and is not folded into the weights: features that are never negative move
+all images alike at each of Adam's steps, whatever the weights were at the start (measured: docs/results-smol.md). An
+export folds it (``medvlm.models.export``).
 
 Shape letters: N images, P patches, V tower width, D model width.
 """
@@ -41,7 +44,7 @@ def start_projector(
     seed: int,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Draw a model's ``mlp2x_gelu`` projector for the features of some images; all else of the model stays.
+    """Draw a model's standardising projector for the features of some images; all else of the model stays.
 
     Deterministic on one device: every process of a job does it and comes to the same.
 
@@ -63,22 +66,21 @@ def start_projector(
 
     features = _features(model, samples, images, seed, device)
     projector = model.model.multi_modal_projector
-    dtypes = {name: value.dtype for name, value in projector.named_parameters()}
+    dtype = projector.linear_1.weight.dtype
     projector.float().to(device)
     with torch.no_grad():
         norm_before, common_D = _length(projector, features)
         mean_V, spread_V, count = _moments(features)
+        projector.mean.copy_(mean_V)
+        projector.spread.copy_(spread_V)
         _draw(projector, seed)
-        projector.linear_1.weight /= spread_V
-        projector.linear_1.bias.copy_(-(projector.linear_1.weight @ mean_V))
         _, centre_D = _length(projector, features)
         projector.linear_2.bias -= centre_D
         word = model.get_input_embeddings().weight.float().norm(dim=1).mean().item()
         scale = word / _length(projector, features)[0]
         projector.linear_2.weight *= scale
         projector.linear_2.bias *= scale
-    for name, parameter in projector.named_parameters():
-        parameter.data = parameter.data.to("cpu", dtypes[name])
+    projector.to("cpu", dtype)
     return {"images": count, "word": word, "norm": norm_before, "common": common_D.norm().item()}
 
 

@@ -32,6 +32,7 @@ MISTRAL = [
     "model.vision_tower.image_fit=pad",
     "stages.instruct.template=mistral_instruct",
 ]
+STANDARDISED = ["model.projector.standardised=true"]
 
 
 def made(folder: Path, *overrides: str, stage: str = "instruct") -> Checkpoint:
@@ -42,6 +43,10 @@ def made(folder: Path, *overrides: str, stage: str = "instruct") -> Checkpoint:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        if recipe.model.projector.standardised:
+            projector: Any = model.model.multi_modal_projector
+            projector.mean.normal_(generator=generator)
+            projector.spread.uniform_(0.2, 3.0, generator=generator)
     metadata = {"fingerprint": "f", "stage": stage}
     checkpoint = Checkpoint(model, tokenizer, ImageProcessor.of(recipe.model.vision_tower), recipe, metadata)
     save_checkpoint(folder, checkpoint)
@@ -61,7 +66,9 @@ def png(drawn: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "template"), [([], "vicuna_v1"), (MISTRAL, "mistral_instruct")], ids=["linear", "mlp2x_gelu"]
+    ("overrides", "template"),
+    [([], "vicuna_v1"), (MISTRAL, "mistral_instruct"), ([*MISTRAL, *STANDARDISED], "mistral_instruct")],
+    ids=["linear", "mlp2x_gelu", "standardised"],
 )
 def test_stock_transformers_gives_the_same_pixels_prompts_logits_and_answers(
     tmp_path: Path, overrides: list[str], template: Any

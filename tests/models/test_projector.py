@@ -22,7 +22,10 @@ V, D, K, P = 24, 16, 5, 9
 
 def config() -> Any:
     return SimpleNamespace(
-        vision_config=SimpleNamespace(hidden_size=V), text_config=SimpleNamespace(hidden_size=D), projector_prototypes=K
+        vision_config=SimpleNamespace(hidden_size=V),
+        text_config=SimpleNamespace(hidden_size=D),
+        projector_prototypes=K,
+        projector_standardised=False,
     )
 
 

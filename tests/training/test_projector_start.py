@@ -17,7 +17,7 @@ from medvlm.models.tokenizer import train_tokenizer
 from medvlm.records import Turn
 from medvlm.store import Workspace
 from medvlm.training.data import StageSample
-from medvlm.training.projector_start import start_projector
+from medvlm.training.projector_start import FLOOR, start_projector
 
 IMAGES = 40
 SHAPE = (16, 48)
@@ -39,7 +39,7 @@ def features(sample: StageSample, *, shape: tuple[int, int]) -> torch.Tensor:
 
 @functools.cache
 def parts() -> tuple[Any, Any]:
-    recipe = load_recipe("tiny-qilin-med-vl")
+    recipe = load_recipe("tiny-qilin-med-vl", ["model.projector.standardised=true"])
     tokenizer = train_tokenizer(recipe, [turn.text for sample in samples() for turn in sample.turns] * 3)
     return recipe, build_model(recipe, tokenizer)
 
@@ -70,17 +70,17 @@ def test_embeddings_are_as_long_as_a_words_and_have_nothing_in_common() -> None:
     assert seen_NPD.isfinite().all()
 
 
-def test_channels_count_alike_whatever_their_spread() -> None:
+def test_channels_are_standardised_and_one_that_never_moves_is_not_blown_up() -> None:
     after, _, _ = started()
-    weight_DV = after["model.multi_modal_projector.linear_1.weight"]
+    mean_V, spread_V = (after[f"model.multi_modal_projector.{name}"] for name in ("mean", "spread"))
     _, model = parts()
     tower = model.config.vision_config
     shape = ((tower.image_size // tower.patch_size) ** 2, tower.hidden_size)
     rows_RV = torch.cat([features(sample, shape=shape) for sample in samples()[:IMAGES]])
-    reach_V = rows_RV.std(0) * weight_DV.norm(dim=0)
-    moving = reach_V[reach_V > 0]
-    assert len(moving) == tower.hidden_size - 1  # all but the one that never moves
-    assert moving.max() / moving.min() < 4  # the spreads themselves: 100
+    torch.testing.assert_close(mean_V, rows_RV.mean(0))
+    floor = FLOOR * rows_RV.std(0, correction=0).mean()
+    torch.testing.assert_close(spread_V, rows_RV.std(0, correction=0) + floor)
+    assert spread_V[3] == pytest.approx(floor.item(), rel=1e-4)
 
 
 def test_it_changes_the_projector_alone_and_is_repeatable() -> None:
@@ -90,8 +90,9 @@ def test_it_changes_the_projector_alone_and_is_repeatable() -> None:
     name = "model.multi_modal_projector.linear_1.weight"
     assert torch.equal(one[name], two[name])
     assert not torch.equal(one[name], other[name])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, one[name]) == (".multi_modal_projector." not in name), name
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, one[name])}
+    parts_changed = ("mean", "spread", "linear_1.weight", "linear_2.weight", "linear_2.bias")
+    assert changed == {f"model.multi_modal_projector.{part}" for part in parts_changed}
 
 
 def test_pixels_go_through_the_tower() -> None:
@@ -109,8 +110,8 @@ def test_pixels_go_through_the_tower() -> None:
 
 
 def test_it_belongs_to_two_linear_layers() -> None:
-    with pytest.raises(RecipeError, match="start 'images' belongs to kind 'mlp2x_gelu'"):
-        load_recipe("tiny-llava-med", ["model.projector.kind=linear", "model.projector.start=images"])
+    with pytest.raises(RecipeError, match="standardised belongs to kind 'mlp2x_gelu'"):
+        load_recipe("tiny-llava-med", ["model.projector.kind=linear", "model.projector.standardised=true"])
 
 
 def test_the_first_stage_begins_with_it_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,11 +119,12 @@ def test_the_first_stage_begins_with_it_and_no_other(tmp_path: Path, capsys: pyt
 
     workspace = fill(Workspace(tmp_path / "ws"))
     steps = [f"stages.{name}.max_steps=1" for name in ("align", "instruct")]
-    recipe = load_recipe("tiny-llava-med", [*steps, "model.projector.kind=mlp2x_gelu", "model.projector.start=images"])
+    recipe = load_recipe(
+        "tiny-llava-med", [*steps, "model.projector.kind=mlp2x_gelu", "model.projector.standardised=true"]
+    )
     run_stage(workspace, recipe, 1)
     assert "the projector starts from" in capsys.readouterr().err
     model: Any = load_checkpoint(workspace.checkpoint("tiny-llava-med", 1)).model
-    # One step away from standardised: no bias of a drawn layer is as large.
-    assert model.model.multi_modal_projector.linear_1.bias.abs().max() > 0.5
+    assert model.model.multi_modal_projector.mean.abs().max() > 0.1
     run_stage(workspace, recipe, 2)
     assert "the projector starts from" not in capsys.readouterr().err
