@@ -59,7 +59,9 @@ class MLPProjector(nn.Module):
     def forward(self, features_NPV: Tensor) -> Tensor:
         """Embeddings (N, P, D) of patch features (N, P, V)."""
         if self.standardised:
-            features_NPV = (features_NPV - self.mean) / self.spread
+            # Some engines keep buffers in float32 where weights are bfloat16.
+            standard_NPV = (features_NPV.float() - self.mean) / self.spread
+            features_NPV = standard_NPV.to(self.linear_1.weight.dtype)
         return self.linear_2(self.act(self.linear_1(features_NPV)))
 
 

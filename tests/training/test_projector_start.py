@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,16 @@ def test_the_first_stage_begins_with_it_and_no_other(tmp_path: Path, capsys: pyt
     assert model.model.multi_modal_projector.mean.abs().max() > 0.1
     run_stage(workspace, recipe, 2)
     assert "the projector starts from" not in capsys.readouterr().err
+
+
+def test_weights_of_half_the_precision_read_float_statistics() -> None:
+    _, model = parts()
+    projector = copy.deepcopy(model.model.multi_modal_projector)
+    tower = model.config.vision_config
+    seen_NPV = torch.randn(2, 4, tower.hidden_size)
+    exact_NPD = projector(seen_NPV)
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.bfloat16()
+    half_NPD = projector(seen_NPV.bfloat16())
+    assert half_NPD.dtype == torch.bfloat16
+    torch.testing.assert_close(half_NPD.float(), exact_NPD, rtol=0.05, atol=0.02)
