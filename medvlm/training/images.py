@@ -76,7 +76,7 @@ def image_store(
         return pixels
     own = missing[engine.rank :: engine.processes]
     if own:
-        with _encoder(start, engine) as encode:
+        with _encoder(start, stage, engine) as encode:
             cache.fill(own, lambda sha256: pixels(samples[wanted[sha256]]), encode)
     if engine.processes > 1:
         import torch.distributed as dist
@@ -133,16 +133,18 @@ def _fits(
 
 
 @contextmanager
-def _encoder(start: Checkpoint, engine: Engine) -> Generator[Callable[[Tensor], Tensor]]:
+def _encoder(start: Checkpoint, stage: Stage, engine: Engine) -> Generator[Callable[[Tensor], Tensor]]:
     """The tower where it computes fastest, in float32; afterwards it is back on the CPU."""
     import torch
 
-    from medvlm.models.packed import PackedLinears
+    from medvlm.training.onednn import onednn_serves, use_onednn
 
     model: Any = start.model
     tower = model.model.vision_tower.to(engine.device)
+    # Not laid out: the copy would be the whole tower again, and an image has rows enough without.
+    if engine.device == "cpu" and stage.speed.onednn and onednn_serves():
+        use_onednn(tower)
     try:
-        with PackedLinears():
-            yield lambda pixels_NCHW: tower_features(model, pixels_NCHW.to(engine.device, torch.float32))
+        yield lambda pixels_NCHW: tower_features(model, pixels_NCHW.to(engine.device, torch.float32))
     finally:
         tower.cpu()
