@@ -97,7 +97,8 @@ class Projector(Section):
     standardised: bool = False
     """Each channel of the tower's features is standardised first, by the images of stage 1, and the weights are drawn
     so that an image's embeddings begin as long as a word's: see ``medvlm.training.projector_start``. For towers whose
-    features are not normalised, and for kind ``mlp2x_gelu``."""
+    features are not normalised, and for kind ``mlp2x_gelu``. The scored ``smol-llava-med`` has it; that it is better
+    than none is not shown (docs/results-smol.md)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Projector:

@@ -7,7 +7,7 @@ mean, as long as a word's and without a part common to all images: data-dependen
 2016, "Data-dependent Initializations of Convolutional Neural Networks"). It takes no step of training.
 
 The standardisation stays a step of its own and is not folded into the first layer's weights: where features are never
-negative, a step of Adam moves all images alike. An export folds it (``medvlm.models.export``). What it was worth:
+negative, a step of Adam moves all images alike. An export folds it (``medvlm.models.export``). What was run with it and without:
 docs/results-smol.md.
 
 Shape letters: N images, P patches, V tower width, D model width.
