@@ -1,14 +1,14 @@
 """A projector that starts from what the tower gives for the images at hand, and not from a blind draw.
 
 Features of a tower without a last norm (EfficientNet's are rectified, most of them 0) share a large mean and have
-channels of very different spread: behind a projector drawn as usual, half of an image's embedding is common to all
-images. So the projector standardises its features, and its second layer is scaled so that an embedding is, in the
+channels of very different spread: behind a projector drawn as usual, nearly half of an image's embedding is common to
+all images. So the projector standardises its features, and its second layer is scaled so that an embedding is, in the
 mean, as long as a word's and without a part common to all images: data-dependent initialisation (Krähenbühl et al.
 2016, "Data-dependent Initializations of Convolutional Neural Networks"). It takes no step of training.
 
 The standardisation stays a step of its own and is not folded into the first layer's weights: where features are never
-negative, a step of Adam moves all images alike. An export folds it (``medvlm.models.export``). What was run with it and without:
-docs/results-smol.md.
+negative, a step of Adam moves all images alike. An export folds it (``medvlm.models.export``). What was run with it
+and without: docs/results-smol.md.
 
 Shape letters: N images, P patches, V tower width, D model width.
 """
