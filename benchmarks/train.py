@@ -115,8 +115,8 @@ CASES = {
     ),
     "smol-align": Case("smol-llava-med, stage 1, SLAKE", 1, "slake", FEW, smol=True, steps=2, batch=4),
     "smol-instruct": Case(
-        "smol-llava-med, stage 2, long conversations", 2, "conversations", (*FEW, "ours, compiled"), smol=True, steps=2,
-        batch=4, target=("speed", 2),
+        "smol-llava-med, stage 2, conversations of up to eight questions", 2, "conversations", FEW, smol=True, steps=2,
+        batch=4, longest=8, target=("speed", 2),
     ),
     "small-memory": Case(
         "30 M, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, model=(*SMALL, WIDE),
@@ -124,7 +124,7 @@ CASES = {
     ),
     "smol-memory": Case(
         "smol-llava-med, 2,048 tokens and a vocabulary of 49,152, stage 2", 2, "conversations", MEMORY, smol=True,
-        steps=1, batch=3, longest=10**6, trials=1, target=("memory", 0.6),
+        steps=1, batch=2, longest=10**6, trials=1, target=("memory", 0.6),
     ),
 }  # fmt: skip
 
