@@ -25,7 +25,8 @@ from medvlm.data.articles import RowResult
 from medvlm.data.journal import Entry, Journal
 from medvlm.errors import WorkspaceError
 from medvlm.records import FetchOutcome, Figure, schema_of
-from medvlm.store import ROW_GROUP_BYTES, SHARD_BYTES, atomic_path
+from medvlm.shards import ROW_GROUP_BYTES, SHARD_BYTES
+from medvlm.store import atomic_path
 
 __all__ = ["BLOCK_ROWS", "TRANSIENT", "Blocks"]
 
