@@ -47,7 +47,9 @@ def recipe_of(case: Any, row: str) -> Any:
     """The case's model with the row's levers."""
     from medvlm.config import load_recipe
 
-    return load_recipe("smol-llava-med" if case.smol else "tiny-llava-med", [*case.model, *overrides(case, row)])
+    name = "smol-llava-med" if case.smol else "tiny-llava-med"
+    # The stock model's projector does not standardise what it reads.
+    return load_recipe(name, [*case.model, "model.projector.standardised=false", *overrides(case, row)])
 
 
 def prepare(case: Any, folder: str, data: str | None) -> str:
