@@ -6,6 +6,7 @@ Shape letters: N images, P placeholders of an image, V tower width, H and W pixe
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,16 @@ class ConversationEncoder:
                 question leaves no room for an answer.
         """
         self._check(turns, sample_id)
-        cut = 0
         asked = {index for index in asked if index}
         ids, labels = self._tokens(turns, asked)
-        while len(ids) > self.max_length and len(turns) > 2:
-            before = len(ids)
-            turns = [Turn("user", f"{IMAGE_MARK}\n{turns[2].text}"), *turns[3:]]
-            asked = {index - 2 for index in asked if index > 2}
-            ids, labels = self._tokens(turns, asked)
-            cut += before - len(ids)
+        whole, pairs = len(ids), len(turns) // 2
+        if whole > self.max_length and pairs > 1:
+            # Halving, as each try tokenises what is left: a conversation of hundreds of questions took seconds.
+            fits = bisect_left(
+                range(1, pairs), True, key=lambda gone: len(self._without(turns, asked, gone)[0]) <= self.max_length
+            )
+            ids, labels = self._without(turns, asked, min(fits + 1, pairs - 1))
+        cut = whole - len(ids)
         if len(ids) > self.max_length:
             cut += len(ids) - self.max_length
             ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -84,6 +86,12 @@ class ConversationEncoder:
                 hint="raise the stage's max_length, or shorten the question",
             )
         return Encoded(ids, labels, cut)
+
+    def _without(self, turns: Sequence[Turn], asked: Collection[int], pairs: int) -> tuple[list[int], list[int]]:
+        """Ids and labels without the oldest question-answer pairs; the image goes to the first question that stays."""
+        gone = 2 * pairs
+        kept = [Turn("user", f"{IMAGE_MARK}\n{turns[gone].text}"), *turns[gone + 1 :]]
+        return self._tokens(kept, {index - gone for index in asked if index > gone})
 
     def prompt(self, text: str | Sequence[Turn]) -> list[int]:
         """Ids up to where the answer begins.
