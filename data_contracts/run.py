@@ -22,6 +22,7 @@ from data_contracts.images import check_images
 from data_contracts.result import Broken, Check, ContractResult, write_result
 from medvlm.errors import WorkspaceError
 from medvlm.records import schema_of
+from medvlm.shards import shard_errors
 from medvlm.store import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
@@ -202,14 +203,8 @@ def _check_columns(table: Table, shards: list[Path], prefix: str) -> Check:
     wanted = {field.name: field.type for field in schema_of(table.record)}
     broken: list[Broken] = []
     for path in shards:
-        try:
+        with shard_errors(path):
             found = pq.read_schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise WorkspaceError(
-                f"the shard cannot be read: {error}",
-                where=str(path),
-                hint="restore it with 'dvc checkout', or delete it and run its step again",
-            ) from error
         for name, kind in wanted.items():
             if name not in found.names:
                 broken.append(Broken(f"{path.name}:{name}", "missing"))

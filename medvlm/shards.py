@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["iterate_records", "read_records", "shard_paths", "write_records"]
+__all__ = ["iterate_records", "read_records", "shard_errors", "shard_paths", "write_records"]
 
 T = TypeVar("T")
 
@@ -103,28 +103,39 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
+@contextmanager
+def shard_errors(path: Path) -> Generator[None]:
+    """Say in our words that a shard is damaged.
+
+    Raises:
+        WorkspaceError: What ran inside could not read it.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise WorkspaceError(
+            f"the shard cannot be read: {error}",
+            where=str(path),
+            hint="delete it, then restore it with 'dvc checkout' or 'dvc pull', or make it anew with 'dvc repro'",
+        ) from error
+
+
 def iterate_records(folder: Path, kind: type[T]) -> Iterator[T]:
     """Records of a step's shards, in order, with about one row group in memory.
 
     Raises:
         WorkspaceError: The step has not run yet, or a shard is damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for path in shard_paths(folder):
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as shard:
-                for batch in shard.iter_batches(batch_size=512, columns=names):
-                    for row in batch.to_pylist():
-                        yield from_row(kind, row)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise WorkspaceError(
-                f"the shard cannot be read: {error}",
-                where=str(path),
-                hint="delete it, then restore it with 'dvc checkout' or 'dvc pull', or make it anew with 'dvc repro'",
-            ) from error
+        with shard_errors(path), pq.ParquetFile(path, page_checksum_verification=True) as shard:
+            for batch in shard.iter_batches(batch_size=512, columns=names):
+                for row in batch.to_pylist():
+                    yield from_row(kind, row)
 
 
 def read_records(folder: Path, kind: type[T]) -> list[T]:

@@ -20,6 +20,7 @@ from medvlm.data.dicom import deidentify, read_dicom
 from medvlm.data.images import decode_image
 from medvlm.errors import InputError, WorkspaceError
 from medvlm.progress import report_progress
+from medvlm.shards import shard_errors
 from medvlm.store import Report, Workspace, atomic_path, fingerprint, shard_paths, write_records, write_report
 
 __all__ = ["PrivacyFlag", "deidentify_files", "flag_pictures"]
@@ -103,21 +104,14 @@ def _pictures(folder: Path, id_column: str, seen: set[str]) -> Iterator[list[tup
     """Row id, SHA-256 and bytes of pictures that were not seen before, one batch in memory."""
     for path in shard_paths(folder):
         sha_column = "sha256" if id_column == "figure_id" else "image_sha256"
-        try:
-            with pq.ParquetFile(path) as shard:
-                for batch in shard.iter_batches(BATCH_ROWS, columns=[id_column, sha_column, "image"]):
-                    new: list[tuple[str, str, bytes]] = []
-                    for row in batch.to_pylist():
-                        if row[sha_column] not in seen:
-                            seen.add(row[sha_column])
-                            new.append((row[id_column], row[sha_column], row["image"]["bytes"]))
-                    yield new
-        except (OSError, ValueError) as error:
-            raise WorkspaceError(
-                f"the shard cannot be read: {error}",
-                where=str(path),
-                hint="restore it with 'dvc checkout', or delete it and run its step again",
-            ) from error
+        with shard_errors(path), pq.ParquetFile(path) as shard:
+            for batch in shard.iter_batches(BATCH_ROWS, columns=[id_column, sha_column, "image"]):
+                new: list[tuple[str, str, bytes]] = []
+                for row in batch.to_pylist():
+                    if row[sha_column] not in seen:
+                        seen.add(row[sha_column])
+                        new.append((row[id_column], row[sha_column], row["image"]["bytes"]))
+                yield new
 
 
 def _regions(data: bytes) -> list[TextRegion] | None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from medvlm.models import attention
 from medvlm.models.attention import BLOCKS, block_marks, register_blocks
@@ -29,10 +28,10 @@ def drawn(heads: int, width: int) -> Tensor:
     return torch.randn((1, heads, width, CHANNELS), generator=seed).requires_grad_()
 
 
-def outputs(mask: Tensor, width: int) -> list[Tensor]:
+def outputs(mask: Tensor | None, width: int, *, name: str = BLOCKS) -> list[Tensor]:
     """The output, and the gradients of query, key and value."""
     register_blocks()
-    forward = AttentionInterface()[BLOCKS] if mask.dtype == torch.int64 else sdpa_attention_forward
+    forward: Any = AttentionInterface()[name]
     query, key, value = given_heads = [drawn(HEADS, width), drawn(KEY_HEADS, width), drawn(KEY_HEADS, width)]
     output = forward(MODULE, query, key, value, mask, dropout=0.0, scaling=0.3)[0]
     weights = torch.arange(output.numel()).view(output.shape).cos()
@@ -57,14 +56,14 @@ def test_the_results_are_those_of_one_mask(sequences: list[int | list[int]]) -> 
     lengths = [one if isinstance(one, int) else len(one) for one in sequences]
     marks = block_marks(lengths, [[] if isinstance(one, int) else one for one in sequences])
     assert marks.shape == (1, 1, 2, sum(lengths))
-    found, expected = outputs(marks, sum(lengths)), outputs(seen(sequences), sum(lengths))
+    found, expected = outputs(marks, sum(lengths)), outputs(seen(sequences), sum(lengths), name="sdpa")
     for mine, its in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
 
 
-def test_other_masks_go_on_to_sdpa() -> None:
-    mask = seen([3, 2])
-    for mine, its in zip(outputs(mask, 5), outputs(mask.clone(), 5), strict=True):
+@pytest.mark.parametrize("mask", [None, seen([3, 2]), seen([3, 2]).float().log()], ids=["none", "bool", "float"])
+def test_other_masks_go_on_to_sdpa(mask: Tensor | None) -> None:
+    for mine, its in zip(outputs(mask, 5), outputs(mask, 5, name="sdpa"), strict=True):
         assert torch.equal(mine, its)
     assert BLOCKS in AttentionMaskInterface()
 
