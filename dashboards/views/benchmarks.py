@@ -123,7 +123,8 @@ def _columns() -> dict[str, Any]:
     }
 
 
-def _slices(scores: pd.DataFrame, rules: dict[str, str]) -> None:
+def _slices(scores: pd.DataFrame, rules: dict[str, str], table: pd.DataFrame) -> None:
+    """Bars of the best checkpoint of each model: those of all its stages would be stacked."""
     part = scores[
         (scores["slice"] != "all") & ~scores["blind"] & (scores["rule"] == scores["answer_type"].map(rules))
     ].copy()
@@ -138,19 +139,20 @@ def _slices(scores: pd.DataFrame, rules: dict[str, str]) -> None:
         )
         kinds = [kind for kind in ("closed", "open") if kind in set(part["answer_type"])]
         kind = st.segmented_control("Questions", kinds, default=kinds[0], required=True, key="slice-kind")
-    part = part[(part["field"] == field) & (part["answer_type"] == kind)]
+    best = table[table["answer_type"] == kind].drop_duplicates("model")[["model", "stage", "label"]]
+    part = part[(part["field"] == field) & (part["answer_type"] == kind)].merge(best, on=["model", "stage"])
     # The slices with most questions first: the small ones at the end are mostly noise.
     order = part.groupby("is")["n"].max().sort_values(ascending=False, kind="stable").index.to_list()[:25]
     part = part[part["is"].isin(order)].assign(name=lambda t: t["is"].map(tidy) + " (" + t["n"].astype(str) + ")")
     names = [name for value in order for name in part.loc[part["is"] == value, "name"].unique()]
     base = alt.Chart(part).encode(
         y=alt.Y("name:N", sort=names, title=None, axis=alt.Axis(labelLimit=260)),
-        yOffset=alt.YOffset("model:N"),
-        color=alt.Color("model:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
+        yOffset=alt.YOffset("label:N"),
+        color=alt.Color("label:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
     )
     bars = base.mark_bar(cornerRadiusEnd=2).encode(
         x=alt.X("value:Q", title="per cent", scale=alt.Scale(domain=[0, 100])),
-        tooltip=["model:N", alt.Tooltip("name:N", title="slice"), alt.Tooltip("value:Q", format=".1f"), "n:Q"],
+        tooltip=["label:N", alt.Tooltip("name:N", title="slice"), alt.Tooltip("value:Q", format=".1f"), "n:Q"],
     )
     height = 150 + (16 + 14 * part["model"].nunique()) * len(names)
     st.altair_chart(bars.properties(height=height), alt=f"Scores by {tidy(str(field))}")
@@ -345,7 +347,7 @@ def body() -> None:
     table = score_board(part, rules)
     _leaderboard(table, str(benchmark))
     _classes(str(benchmark))
-    _slices(part, rules)
+    _slices(part, rules, table)
     _published(str(benchmark))
     _calibration(str(benchmark))
     _wrong_answers(str(benchmark), list(dict.fromkeys(table["model"])))
